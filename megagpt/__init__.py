@@ -1,0 +1,3 @@
+"""megagpt: pre-train GPT models, from a laptop to a SLURM cluster."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,319 @@
+"""Every setting of a run, as one tree of frozen dataclasses; the only place where defaults live.
+
+A preset (`megagpt/presets/*.toml`) or a run's `run.toml` holds only what differs from the defaults. Values that
+follow from others are methods, never fields. `checked(run)` refuses every combination that cannot work, before any
+rank starts. Nothing here imports torch: `megagpt --help` stays instant.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from megagpt.errors import UserError, did_you_mean
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+PRESETS = Path(__file__).parent / "presets"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """The GPT: how large it is and which of the published choices it makes."""
+
+    layers: int = 12
+    """Transformer blocks."""
+    width: int = 768
+    """Features of the residual stream."""
+    heads: int = 12
+    """Query heads; they divide the width."""
+    kv_heads: int | None = None
+    """Key and value heads, a divisor of the heads (grouped-query attention). None: as many as heads."""
+    hidden: int | None = None
+    """Features inside the feed-forward layer. None: 4 x width, or 8/3 x width rounded up to 64 for swiglu."""
+    vocabulary: int = 50_257
+    """Rows of the embedding; at least as many as the tokenizer has tokens."""
+    context: int = 1024
+    """Tokens in one sequence."""
+    window: int | None = None
+    """Tokens that the banded layers (the second, the fourth, ...) see, themselves included. None: all layers dense."""
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    """Which normalisation stands before attention, before the feed-forward layer and before the head."""
+    norm_eps: float = 1e-5
+    """Added to the variance inside the norms."""
+    positions: Literal["learned", "rotary"] = "learned"
+    """How a token knows its place: an embedding a position, or rotated queries and keys (RoPE)."""
+    rotary_base: float = 10_000.0
+    """RoPE's theta; larger for longer contexts."""
+    feed_forward: Literal["gelu", "swiglu"] = "gelu"
+    """The feed-forward layer: two matrices around a GELU, or three with a gated SiLU."""
+    biases: Literal["all", "no_qkv", "none"] = "all"
+    """Which linear layers have a bias: all (GPT-2), all but queries, keys and values (GPT-Neo), or none (Llama)."""
+    qk_norm: bool = False
+    """RMSNorm on each head's queries and keys, before the rotation (Qwen3)."""
+    tied: bool = True
+    """The head uses the embedding's matrix."""
+    dropout: float = 0.0
+    """Rate on the embedding, on attention weights and on both residual branches, from 0 to below 1."""
+    init_std: float = 0.02
+    """Standard deviation of the initial weights; matrices that write to the residual stream get it over sqrt(2 L)."""
+    kernels: Literal["auto", "triton", "torch"] = "auto"
+    """Which implementation of each operator runs; auto takes triton where it works, and says so."""
+
+    def key_value_heads(self) -> int:
+        return self.heads if self.kv_heads is None else self.kv_heads
+
+    def head_width(self) -> int:
+        return self.width // self.heads
+
+    def feed_forward_width(self) -> int:
+        if self.hidden is not None:
+            return self.hidden
+        return 4 * self.width if self.feed_forward == "gelu" else -(-8 * self.width // (3 * 64)) * 64
+
+    def layer_window(self, layer: int) -> int | None:
+        """Tokens that block `layer` (from 0) sees, or None if it is dense: dense and banded blocks alternate."""
+        return self.window if layer % 2 == 1 else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """What the model reads."""
+
+    mixture: dict[str, int] = field(default_factory=dict)
+    """Corpus folder -> integer weight: of each `sum of weights` sequences so many come from it."""
+    packing: Literal["chunk", "best_fit"] = "chunk"
+    """chunk: documents end to end, cut at every context; best_fit: whole documents, fewer cuts, a little padding."""
+    document_mask: bool = False
+    """Keep attention and positions inside each document of a sequence."""
+    prefetch: int = 4
+    """Batches read ahead by the loader's thread."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parallel:
+    """How one model is cut over the cluster: world size = data * pipeline * tensor."""
+
+    data: int = 1
+    """Replicas of the model, each with its own part of every batch."""
+    pipeline: int = 1
+    """Stages that the layers are cut into."""
+    tensor: int = 1
+    """Ranks sharing every matrix multiply. Keep it inside one node."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """What data-parallel ranks shard: 1 optimizer state, 2 also gradients, 3 also weights."""
+
+    def world_size(self) -> int:
+        return self.data * self.pipeline * self.tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optim:
+    """AdamW and its schedule. Everything is counted in tokens, so that it holds on any batch size."""
+
+    lr: float = 6e-4
+    """Learning rate after the warm-up."""
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """After the warm-up: cosine decay; stable, then a linear decay (wsd); or constant."""
+    warmup_tokens: int = 0
+    """Tokens over which the learning rate rises linearly from 0."""
+    decay_tokens: int | None = None
+    """Tokens at which cosine or wsd has reached its floor, which then holds. None: train.tokens."""
+    wsd_decay: float = 0.2
+    """wsd: the share of decay_tokens, at their end, over which the rate falls."""
+    lr_floor: float = 0.1
+    """The share of lr that the schedule ends at."""
+    beta1: float = 0.9
+    """AdamW's memory of gradients."""
+    beta2: float = 0.95
+    """AdamW's memory of squared gradients."""
+    eps: float = 1e-8
+    """AdamW's guard against division by zero."""
+    weight_decay: float = 0.1
+    """Decay of the matrices and embeddings; norms and biases have none."""
+    clip_norm: float = 1.0
+    """Largest global norm of the gradients; 0 does not clip."""
+    clip_value: float = 0.0
+    """Largest magnitude of a gradient element after the norm was clipped; 0 does not clip."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """How long, in which batches and in which precision."""
+
+    tokens: int = 1_000_000_000
+    """Tokens of the whole run: the schedule's length."""
+    steps: int | None = None
+    """Stop after so many steps in all, earlier than train.tokens says; the schedule stays as it is."""
+    global_batch: int = 512
+    """Sequences of one step, over all ranks."""
+    micro_batch: int = 8
+    """Sequences that one rank computes at once; gradient accumulation follows from it."""
+    ramp_start: int | None = None
+    """Sequences of the first step, if the batch is to grow. None: no ramp."""
+    ramp_increment: int = 16
+    """Sequences by which the ramp grows; a multiple of micro_batch x parallel.data."""
+    ramp_tokens: int = 0
+    """Tokens over which the batch grows from ramp_start to global_batch."""
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """Of weights and activations; masters, moments and statistics stay in fp32. fp16 scales the loss."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations computed again in the backward: none; each block's feed-forward layer; each whole block."""
+    eval_every: int = 500
+    """Steps between two evaluations on the held-out documents; 0: none until the end."""
+    eval_sequences: int = 256
+    """Held-out sequences of one evaluation."""
+
+    def batch_at(self, tokens: int, context: int) -> int:
+        """Sequences of the step that starts after `tokens` tokens: the ramp is linear in tokens, in whole increments."""
+        if self.ramp_start is None or tokens >= self.ramp_tokens:
+            return self.global_batch
+        increments = (self.global_batch - self.ramp_start) // self.ramp_increment
+        return self.ramp_start + self.ramp_increment * (tokens * (increments + 1) // self.ramp_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """When the run is saved. It is always saved at its end and when it is told to stop."""
+
+    every: int = 500
+    """Steps between two checkpoints; 0: only at the end."""
+    keep: int = 2
+    """Newest checkpoints that stay; older ones are deleted after a newer one is complete."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What the run tells, and to whom. `metrics.jsonl` and `report.html` are always written."""
+
+    every: int = 10
+    """Steps between two lines on the console."""
+    tensorboard: bool = False
+    """Also write TensorBoard events to OUT/tensorboard (needs the extra 'tensorboard')."""
+    wandb: str = ""
+    """Weights & Biases project to report to (needs the extra 'wandb'); empty: none."""
+    samples: int = 2
+    """Texts that are generated after the last step, for the report."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One training run, whole: `run.toml` in its folder repeats it."""
+
+    model: Model = Model()
+    data: Data = Data()
+    train: Train = Train()
+    parallel: Parallel = Parallel()
+    optim: Optim = Optim()
+    checkpoint: Checkpoint = Checkpoint()
+    report: Report = Report()
+    seed: int = 1
+    """Of the initial weights, the data order and the dropout masks."""
+
+
+def preset_names() -> list[str]:
+    return sorted(path.stem for path in PRESETS.glob("*.toml"))
+
+
+def load(name: str) -> Run:
+    """The run of a preset's name, or of a TOML file's path. Raises UserError if it is neither or holds a wrong key."""
+    path = PRESETS / f"{name}.toml"
+    if not path.is_file():
+        path = Path(name)
+    if not path.is_file():
+        hint = did_you_mean(name, preset_names())
+        raise UserError(f"no preset or file '{name}'.{hint}", f"Presets: {', '.join(preset_names())}.")
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not TOML: {error}.") from error
+    return _build(Run, values, where="", source=str(path))
+
+
+def _build(kind: type, values: dict[str, Any], *, where: str, source: str) -> Any:
+    """A dataclass of `kind` from a TOML table; every key must be a field, every value of its type."""
+    hints = typing.get_type_hints(kind)
+    known = {spec.name: hints[spec.name] for spec in dataclasses.fields(kind)}
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{where}{key}"
+        if key not in known:
+            raise UserError(f"{source}: no setting is called {name}.{did_you_mean(key, known)}")
+        if dataclasses.is_dataclass(known[key]):
+            if not isinstance(value, dict):
+                raise UserError(f"{source}: {name} is a section, written [{name}], and not a value.")
+            found[key] = _build(typing.cast(type, known[key]), value, where=f"{name}.", source=source)
+        else:
+            found[key] = _value(known[key], value, name=name, source=source)
+    return kind(**found)
+
+
+def _value(kind: Any, value: Any, *, name: str, source: str) -> Any:
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            choices = ", ".join(str(choice) for choice in get_args(kind))
+            raise UserError(f"{source}: {name} = {value!r} is not one of {choices}.")
+        return value
+    if get_origin(kind) is dict:
+        if not isinstance(value, dict) or not all(type(weight) is int for weight in value.values()):
+            raise UserError(f"{source}: {name} = {value!r} must be a table of corpus = whole number.")
+        return value
+    options = get_args(kind) if get_origin(kind) is types.UnionType else (kind,)
+    if float in options and type(value) is int:
+        value = float(value)
+    if type(value) not in options:
+        names = " or ".join(option.__name__ for option in options if option is not type(None))
+        raise UserError(f"{source}: {name} = {value!r} must be of type {names}.")
+    return value
+
+
+def to_toml(run: Run) -> str:
+    """The whole tree as TOML; None is left out, since it is every such field's default. `load` reads it back equal."""
+    lines = [f"seed = {run.seed}"]
+    for spec in dataclasses.fields(run):
+        section = getattr(run, spec.name)
+        if not dataclasses.is_dataclass(section):
+            continue
+        lines += ["", f"[{spec.name}]"]
+        lines += [
+            f"{item.name} = {_toml_value(getattr(section, item.name))}"
+            for item in dataclasses.fields(section)
+            if getattr(section, item.name) is not None
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_toml_value(key)} = {_toml_value(item)}" for key, item in value.items()) + "}"
+    return '"' + "".join(_toml_character(character) for character in str(value)) + '"'
+
+
+def _toml_character(character: str) -> str:
+    if character in '"\\':
+        return "\\" + character
+    return character if character.isprintable() else f"\\U{ord(character):08x}"
+
+
+def steps_of(run: Run) -> int:
+    """Optimizer steps of the whole run: enough batches for train.tokens, or train.steps if that is fewer."""
+    tokens = steps = 0
+    ramp_end = run.train.ramp_tokens if run.train.ramp_start is not None else 0
+    while tokens < min(ramp_end, run.train.tokens):
+        tokens += run.train.batch_at(tokens, run.model.context) * run.model.context
+        steps += 1
+    batch_tokens = run.train.global_batch * run.model.context
+    steps += max(0, -(-(run.train.tokens - tokens) // batch_tokens))
+    return steps if run.train.steps is None else min(steps, run.train.steps)

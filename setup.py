@@ -1,0 +1,49 @@
+"""Package metadata. The pin of torch that CI uses stands in constraints.txt alone."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+
+setup(
+    name="megagpt",
+    version="0.1.0",
+    description="Pre-train GPT models, from a laptop to a multi-node SLURM cluster",
+    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10,<3.14",
+    packages=[*find_packages(include=["megagpt", "megagpt.*"]), "megagpt.kernels", "megagpt.launch"],
+    package_data={"megagpt": ["presets/*.toml"]},
+    install_requires=[
+        "torch>=2.11",
+        "deepspeed>=0.19.8",  # earlier releases compute wrong pipeline gradients with gradient accumulation
+        "triton>=3.6; platform_system == 'Linux'",
+        "webdataset>=1.0",
+        "pyarrow>=16",
+        "tokenizers>=0.20",
+        "safetensors>=0.5",
+        "fsspec>=2024.6",
+        "tyro>=1.0",
+        "rich>=13",
+        "numpy>=1.26",
+        "tomli>=2; python_version < '3.11'",
+    ],
+    extras_require={
+        "hf": ["transformers>=4.51"],
+        "tensorboard": ["tensorboard>=2.17"],
+        "wandb": ["wandb>=0.17"],
+        "s3": ["s3fs>=2024.6"],
+        "dev": [
+            "hypothesis>=6.100",
+            "pre-commit>=3.7",
+            "pyright==1.1.414",
+            "pytest>=8",
+            "ruff==0.17.6",
+            "tensorboard>=2.17",
+            "transformers>=4.51",
+        ],
+    },
+    entry_points={"console_scripts": ["megagpt = megagpt.cli:main"]},
+)
