@@ -18,7 +18,7 @@ setup(
     package_data={"megagpt": ["presets/*.toml"]},
     install_requires=[
         "torch>=2.11",
-        "deepspeed>=0.19.8",  # earlier releases compute wrong pipeline gradients with gradient accumulation
+        "deepspeed>=0.19.8,<0.20",  # earlier ones compute wrong pipeline gradients; parallel/state.py knows this one
         "triton>=3.6; platform_system == 'Linux'",
         "webdataset>=1.0",
         "pyarrow>=16",

@@ -13,7 +13,9 @@ import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from tyro.constructors import PrimitiveConstructorSpec
 
 from megagpt.errors import UserError, did_you_mean
 
@@ -23,6 +25,22 @@ else:
     import tomli as tomllib
 
 PRESETS = Path(__file__).parent / "presets"
+
+
+def _mixture(words: list[str]) -> dict[str, int]:
+    """What follows --data.mixture on the command line: corpora/prose 1 corpora/code 3."""
+    if len(words) % 2 or not all(weight.isdecimal() for weight in words[1::2]):
+        raise ValueError(f"after each corpus folder stands its weight, a whole number: got {' '.join(words)}")
+    return dict(zip(words[::2], map(int, words[1::2]), strict=True))
+
+
+_MIXTURE = PrimitiveConstructorSpec(
+    nargs="*",
+    metavar="CORPUS WEIGHT ...",
+    instance_from_str=_mixture,
+    is_instance=lambda value: isinstance(value, dict),
+    str_from_instance=lambda value: [str(word) for pair in value.items() for word in pair],
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +106,7 @@ class Model:
 class Data:
     """What the model reads."""
 
-    mixture: dict[str, int] = field(default_factory=dict)
+    mixture: Annotated[dict[str, int], _MIXTURE] = field(default_factory=dict)
     """Corpus folder -> integer weight: of each `sum of weights` sequences so many come from it."""
     packing: Literal["chunk", "best_fit"] = "chunk"
     """chunk: documents end to end, cut at every context; best_fit: whole documents, fewer cuts, a little padding."""

@@ -1,0 +1,27 @@
+PYTHON ?= python3
+BIN := .venv/bin
+
+help:  ## List the targets.
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+$(BIN)/.installed: setup.py constraints.txt  # the environment, made again when the requirements change
+	$(PYTHON) -m venv .venv && $(BIN)/pip install -q -c constraints.txt -e '.[dev]' && touch $@
+setup: $(BIN)/.installed  ## Make the virtual environment .venv and install megagpt and its tools into it.
+demo: setup  ## Raw text to a trained, evaluated and sampled GPT, with a report, in three minutes.
+	@$(BIN)/megagpt demo
+test: setup  ## What every change must pass.
+	@$(BIN)/pytest -m "not slow and not gpu and not multigpu"
+drills: setup  ## The long proofs.
+	@$(BIN)/pytest -m slow
+check: setup  ## Formatting, lint and types.
+	@$(BIN)/ruff format --check -q . && $(BIN)/ruff check -q . && $(BIN)/pyright
+fix: setup  ## Format, and mend what ruff can.
+	@$(BIN)/ruff format -q . && $(BIN)/ruff check -q --fix .
+bench: setup  ## The benchmarks that need no GPU; results go to benchmarks/results.
+	@$(BIN)/python -m benchmarks.loader --out benchmarks/results/loader.json && $(BIN)/python -m benchmarks.train_step --out benchmarks/results/train_step.json
+test-gpu: setup  ## The tests that need a GPU.
+	@$(BIN)/pytest -m "gpu or multigpu"
+bench-gpu: setup  ## The training step's speed on this machine's GPU.
+	@$(BIN)/python -m benchmarks.train_step --gpu --out benchmarks/results/train_step_gpu.json
+clean:  ## Remove what was built; corpora and runs stay.
+	@rm -rf .venv build *.egg-info .pytest_cache .ruff_cache && find . -name __pycache__ -prune -exec rm -rf {} +
+.PHONY: help setup demo test drills check fix bench test-gpu bench-gpu clean

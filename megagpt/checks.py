@@ -1,0 +1,173 @@
+"""Every rule that a run must obey, tried before any rank starts; each refusal names the setting, its value, the rule
+and what to do instead."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from megagpt.config import Data, Model, Optim, Parallel, Run, Train
+from megagpt.errors import UserError
+
+
+def checked(run: Run) -> Run:
+    """`run` itself. Raises UserError at the first rule that it breaks."""
+    _check_model(run.model)
+    _check_train(run.train, run.parallel)
+    _check_ramp(run.train, run.parallel)
+    _check_optim(run.optim, run.train)
+    _check_parallel(run.parallel, run.model)
+    _check_data(run.data)
+    _at_least("checkpoint.every", run.checkpoint.every, 0)
+    _at_least("checkpoint.keep", run.checkpoint.keep, 1)
+    _at_least("report.every", run.report.every, 1)
+    _at_least("report.samples", run.report.samples, 0)
+    return run
+
+
+def _check_model(model: Model) -> None:
+    for name in ("layers", "width", "heads", "vocabulary", "context"):
+        _at_least(f"model.{name}", getattr(model, name), 1)
+    for name in ("kv_heads", "hidden", "window"):
+        if getattr(model, name) is not None:
+            _at_least(f"model.{name}", getattr(model, name), 1)
+    if model.width % model.heads:
+        raise UserError(
+            f"model.width = {model.width:,} is not divisible by model.heads = {model.heads}.",
+            f"Widths that are: {_multiples_near(model.width, model.heads)}; "
+            f"heads that divide it: {_divisors_near(model.width, model.heads)}.",
+        )
+    if model.heads % model.key_value_heads():
+        raise UserError(
+            f"model.heads = {model.heads} is not divisible by model.kv_heads = {model.kv_heads}.",
+            f"Nearest divisors: {_divisors_near(model.heads, model.key_value_heads())}.",
+        )
+    if model.positions == "rotary" and model.head_width() % 2:
+        raise UserError(
+            f"model.positions = rotary needs an even head width, and model.width / model.heads is {model.head_width()}.",
+            "Change model.heads or model.width, or use model.positions learned.",
+        )
+    _between("model.dropout", model.dropout, 0, 1)
+    _positive("model.init_std", model.init_std)
+    _positive("model.norm_eps", model.norm_eps)
+    _positive("model.rotary_base", model.rotary_base)
+
+
+def _check_train(train: Train, parallel: Parallel) -> None:
+    for name in ("tokens", "global_batch", "micro_batch", "eval_sequences"):
+        _at_least(f"train.{name}", getattr(train, name), 1)
+    if train.steps is not None:
+        _at_least("train.steps", train.steps, 1)
+    _at_least("train.eval_every", train.eval_every, 0)
+    group = train.micro_batch * parallel.data
+    if group > 0 and train.global_batch % group:
+        raise UserError(
+            f"train.global_batch = {train.global_batch} is not a multiple of train.micro_batch x parallel.data = "
+            f"{train.micro_batch} x {parallel.data} = {group}.",
+            f"Nearest batches: {_multiples_near(train.global_batch, group)}; or change train.micro_batch.",
+        )
+
+
+def _check_ramp(train: Train, parallel: Parallel) -> None:
+    if train.ramp_start is None:
+        return
+    group = train.micro_batch * parallel.data
+    _at_least("train.ramp_start", train.ramp_start, 1)
+    _at_least("train.ramp_increment", train.ramp_increment, 1)
+    _at_least("train.ramp_tokens", train.ramp_tokens, 1)
+    if train.ramp_start > train.global_batch or (train.global_batch - train.ramp_start) % train.ramp_increment:
+        raise UserError(
+            f"train.ramp_start = {train.ramp_start} does not reach train.global_batch = {train.global_batch} in whole "
+            f"steps of train.ramp_increment = {train.ramp_increment}.",
+            "Choose an increment that divides the difference.",
+        )
+    for name in ("ramp_start", "ramp_increment"):
+        if getattr(train, name) % group:
+            raise UserError(
+                f"train.{name} = {getattr(train, name)} is not a multiple of train.micro_batch x parallel.data = {group}.",
+                f"Nearest: {_multiples_near(getattr(train, name), group)}; or lower train.micro_batch.",
+            )
+
+
+def _check_optim(optim: Optim, train: Train) -> None:
+    _positive("optim.lr", optim.lr)
+    _positive("optim.eps", optim.eps)
+    _between("optim.beta1", optim.beta1, 0, 1)
+    _between("optim.beta2", optim.beta2, 0, 1)
+    for name in ("weight_decay", "clip_norm", "clip_value", "warmup_tokens"):
+        _at_least(f"optim.{name}", getattr(optim, name), 0)
+    for name in ("lr_floor", "wsd_decay"):
+        if not 0 <= getattr(optim, name) <= 1:
+            raise UserError(f"optim.{name} = {getattr(optim, name)} must be a share, from 0 to 1.")
+    decay = train.tokens if optim.decay_tokens is None else optim.decay_tokens
+    if optim.schedule != "constant" and optim.warmup_tokens >= decay:
+        raise UserError(
+            f"optim.warmup_tokens = {optim.warmup_tokens:,} leaves nothing to decay over: the schedule ends at "
+            f"{decay:,} tokens.",
+            "Lower optim.warmup_tokens, or raise train.tokens or optim.decay_tokens.",
+        )
+
+
+def _check_parallel(parallel: Parallel, model: Model) -> None:
+    for name in ("data", "pipeline", "tensor"):
+        _at_least(f"parallel.{name}", getattr(parallel, name), 1)
+    if parallel.pipeline > 1 and parallel.zero_stage > 1:
+        raise UserError(
+            f"parallel.zero_stage = {parallel.zero_stage} does not work with parallel.pipeline = {parallel.pipeline}: "
+            "a stage must keep its whole gradient until its last micro-batch.",
+            "Use parallel.zero_stage 1, or parallel.pipeline 1.",
+        )
+    if parallel.pipeline > model.layers:
+        raise UserError(
+            f"parallel.pipeline = {parallel.pipeline} stages are more than model.layers = {model.layers}.",
+            f"Use at most {model.layers}.",
+        )
+    for name in ("pipeline", "tensor"):
+        if getattr(parallel, name) > 1:
+            raise UserError(
+                f"parallel.{name} = {getattr(parallel, name)}: this version trains with data parallelism and ZeRO only.",
+                f"Use parallel.{name} 1 and parallel.data {parallel.world_size()} with parallel.zero_stage 3.",
+            )
+
+
+def _check_data(data: Data) -> None:
+    if not data.mixture:
+        raise UserError(
+            "data.mixture names no corpus.",
+            "Build one with 'megagpt data build' and pass --data.mixture FOLDER WEIGHT.",
+        )
+    for corpus, weight in data.mixture.items():
+        if weight < 1:
+            raise UserError(
+                f"data.mixture gives {corpus} the weight {weight}; weights are whole numbers from 1.",
+                "Leave out a corpus that is not to be read.",
+            )
+    _at_least("data.prefetch", data.prefetch, 1)
+
+
+def _at_least(name: str, value: float, least: int) -> None:
+    if value < least:
+        raise UserError(f"{name} = {value} must be at least {least}.")
+
+
+def _positive(name: str, value: float) -> None:
+    if not value > 0:
+        raise UserError(f"{name} = {value} must be above 0.")
+
+
+def _between(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value < high:
+        raise UserError(f"{name} = {value} must be from {low} to below {high}.")
+
+
+def _multiples_near(value: int, factor: int) -> str:
+    below = value // factor * factor
+    return _listed(number for number in (below, below + factor) if number > 0)
+
+
+def _divisors_near(value: int, wanted: int) -> str:
+    divisors = [number for number in range(1, value + 1) if value % number == 0]
+    return _listed(sorted(sorted(divisors, key=lambda number: abs(number - wanted))[:2]))
+
+
+def _listed(numbers: Iterable[int]) -> str:
+    return " or ".join(f"{number:,}" for number in numbers)

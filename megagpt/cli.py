@@ -1,0 +1,185 @@
+"""The command line: one function a command. Heavy imports happen inside them, so that help is instant."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from megagpt import __version__
+from megagpt.errors import UserError, did_you_mean
+
+Options = TypeVar("Options")
+
+
+@dataclass(frozen=True)
+class Command:
+    """What `megagpt WORDS ...` runs, and the line that help says of it."""
+
+    run: Callable[[list[str]], int]
+    summary: str
+    example: str
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command that `arguments` (or sys.argv) name; returns the exit status."""
+    words = sys.argv[1:] if arguments is None else arguments
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0
+    if words[0] in ("-V", "--version"):
+        print(f"megagpt {__version__}")
+        return 0
+    try:
+        name, rest = _split(words)
+        return COMMANDS[name].run(rest)
+    except UserError as error:
+        print(f"megagpt: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("megagpt: interrupted.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader has gone (megagpt ... | head): nothing is left to say, and nobody to say it to
+        return 141
+
+
+def _split(words: list[str]) -> tuple[str, list[str]]:
+    """The command's name, of one or two words, and its arguments."""
+    two = " ".join(words[:2])
+    if two in COMMANDS:
+        return two, words[2:]
+    if words[0] in COMMANDS:
+        return words[0], words[1:]
+    group = [name for name in COMMANDS if name.startswith(f"{words[0]} ")]
+    if group and (len(words) == 1 or words[1] in ("-h", "--help")):
+        print(_help(group))
+        raise SystemExit(0)
+    raise UserError(f"no command is called '{two if group else words[0]}'.{did_you_mean(two, COMMANDS)}", _usage())
+
+
+def _usage() -> str:
+    return "megagpt --help lists the commands."
+
+
+def _help(names: list[str] | None = None) -> str:
+    lines = ["megagpt: pre-train GPT models, from a laptop to a SLURM cluster.", ""]
+    for name in names or COMMANDS:
+        lines += [f"  megagpt {name:<15} {COMMANDS[name].summary}", f"  {'':<23} {COMMANDS[name].example}"]
+    lines += ["", "Every command explains its options with --help; those that report take --json."]
+    return "\n".join(lines)
+
+
+def _parse(kind: type[Options], name: str, words: list[str], default: Options | None = None) -> Options:
+    """The options of a command from its dataclass: tyro prints help and mistakes, with suggestions, and exits."""
+    import tyro
+
+    arguments: dict[str, Any] = {} if default is None else {"default": default}
+    return tyro.cli(kind, prog=f"megagpt {name}", args=words, use_underscores=True, **arguments)
+
+
+def train(words: list[str]) -> int:
+    from megagpt.commands import Train, run_train, train_defaults
+
+    if not words or words[0] in ("-h", "--help"):
+        words = ["quickstart", *words]
+    if words[0].startswith("-"):
+        raise UserError(f"megagpt train begins with a preset or a run.toml, not with {words[0]}.", _train_example())
+    preset, rest = words[0], words[1:]
+    return run_train(_parse(Train, f"train {preset}", rest, train_defaults(preset)), preset=preset)
+
+
+def _train_example() -> str:
+    return COMMANDS["train"].example
+
+
+def evaluate(words: list[str]) -> int:
+    from megagpt.commands import Eval, run_eval
+
+    return run_eval(_parse(Eval, "eval", words))
+
+
+def generate(words: list[str]) -> int:
+    from megagpt.jobs import GenerateOptions, run_generate
+
+    return run_generate(_parse(GenerateOptions, "generate", words))
+
+
+def export(words: list[str]) -> int:
+    from megagpt.jobs import ExportOptions, run_export
+
+    return run_export(_parse(ExportOptions, "export", words))
+
+
+def import_(words: list[str]) -> int:
+    from megagpt.jobs import ImportOptions, run_import
+
+    return run_import(_parse(ImportOptions, "import", words))
+
+
+def data_build(words: list[str]) -> int:
+    from megagpt.data.commands import Build, run_build
+
+    run_build(_parse(Build, "data build", words))
+    return 0
+
+
+def data_inspect(words: list[str]) -> int:
+    from megagpt.data.commands import Inspect, run_inspect
+
+    run_inspect(_parse(Inspect, "data inspect", words))
+    return 0
+
+
+def data_verify(words: list[str]) -> int:
+    from megagpt.data.commands import Verify, run_verify
+
+    run_verify(_parse(Verify, "data verify", words))
+    return 0
+
+
+def report(words: list[str]) -> int:
+    from megagpt.report.html import Report, run_report
+
+    run_report(_parse(Report, "report", words))
+    return 0
+
+
+def doctor(words: list[str]) -> int:
+    from megagpt.doctor import Doctor, run_doctor
+
+    return run_doctor(_parse(Doctor, "doctor", words))
+
+
+def demo(words: list[str]) -> int:
+    from megagpt.demo import Demo, run_demo
+
+    return run_demo(_parse(Demo, "demo", words))
+
+
+COMMANDS = {
+    "demo": Command(demo, "the whole pipeline at small size, in three minutes", "megagpt demo"),
+    "train": Command(
+        train,
+        "train a preset, or a run.toml; on the same folder again, continue",
+        "megagpt train gpt3-125m --out runs/first --data.mixture corpora/web 3 corpora/code 1 --parallel.data 8",
+    ),
+    "eval": Command(evaluate, "loss, perplexity and bits per byte on any corpus", "megagpt eval runs/first"),
+    "generate": Command(generate, "continue a prompt", 'megagpt generate runs/first --prompt "Once upon"'),
+    "data build": Command(
+        data_build,
+        "tokenise Parquet, JSONL or text into a corpus of shards",
+        "megagpt data build corpora/web --input web/*.parquet --tokenizer tokenizer.json",
+    ),
+    "data inspect": Command(data_inspect, "what a corpus holds", "megagpt data inspect corpora/web"),
+    "data verify": Command(data_verify, "check every hash of a corpus", "megagpt data verify corpora/web"),
+    "export": Command(export, "write a Hugging Face folder", "megagpt export runs/first --to hf/first"),
+    "import": Command(import_, "start a run from a Hugging Face folder", "megagpt import hf/gpt2 --out runs/gpt2"),
+    "report": Command(report, "write a run's report.html again", "megagpt report runs/first"),
+    "doctor": Command(doctor, "check this machine, with a remedy for each finding", "megagpt doctor"),
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,205 @@
+"""The loader: micro-batches of this data rank, endless for training and bounded for evaluation.
+
+A step that begins after `consumed` sequences covers the positions [consumed, consumed + global batch) of the stream
+(order.py); data rank r of R has the r-th of R equal runs of them, cut into micro-batches. So the rows of a step do not
+depend on R, the micro-batch or the thread, and tensor ranks and pipeline stages of one data rank read the same without
+a word. One thread in this process reads ahead: worker processes were 20 times slower (docs/data.md).
+Letters: B rows of a micro-batch, T tokens a row, S = B * T + 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from megagpt.data.batch import IGNORE, Batch
+from megagpt.data.corpus import Corpus
+from megagpt.data.order import Cursor, Packing, sequences
+from megagpt.data.pack import Sequences, open_sequences
+from megagpt.data.prefetch import Prefetched
+from megagpt.errors import UserError
+
+Row = tuple[Sequences, int]  # a sequence, by its number
+_ORDER_AHEAD = 4096  # positions that are ordered in one call, which costs 0.5 ms at least
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How rows become a batch. Padding is the end of text, with no target.
+
+    Across the seam of two documents the first token of the next is a target (as in GPT-3), unless the rows are
+    best_fit or attention is kept inside documents: then nothing that is seen could tell it.
+    """
+
+    context: int
+    packing: Packing
+    document_mask: bool
+    end_of_text: int
+    dtype: np.dtype
+
+    def batch(self, rows: Sequence[Row | None], samples_B: np.ndarray) -> Batch:
+        """The micro-batch of these rows; None is a row of padding."""
+        B, T = len(rows), self.context
+        rows_BT1 = np.full((B, T + 1), self.end_of_text, dtype=self.dtype)
+        filled = [0 if row is None else row[0].fill(row[1], rows_BT1[b]) for b, row in enumerate(rows)]
+        tokens_BT = rows_BT1[:, :-1].astype(np.int64)
+        targets_BT = rows_BT1[:, 1:].astype(np.int64)
+        for b, size in enumerate(filled):
+            targets_BT[b, max(size - 1, 0) :] = IGNORE
+        cu_seqlens_S = None
+        if self.document_mask or self.packing == "best_fit":
+            seams = [_NO_SEAMS if row is None else row[0].seams(row[1]) for row in rows]
+            for b, seam in enumerate(seams):
+                targets_BT[b, seam - 1] = IGNORE
+            if self.document_mask:
+                cu_seqlens_S = torch.from_numpy(_cu_seqlens(seams, filled, T))
+        return Batch(
+            tokens_BT=torch.from_numpy(tokens_BT),
+            targets_BT=torch.from_numpy(targets_BT),
+            cu_seqlens_S=cu_seqlens_S,
+            samples_B=torch.from_numpy(samples_B.astype(np.int64)),
+        )
+
+
+_NO_SEAMS = np.zeros(0, np.int64)
+
+
+def _cu_seqlens(seams: list[np.ndarray], filled: list[int], T: int) -> np.ndarray:
+    """Document boundaries over the flattened rows, int32 [S]; a row's padding is a document of its own."""
+    B = len(seams)
+    cu_seqlens_S = np.full(B * T + 1, B * T, dtype=np.int32)
+    used = 0
+    for b, (seam, size) in enumerate(zip(seams, filled, strict=True)):
+        inside = seam[:-1] if len(seam) and seam[-1] == T else seam
+        starts = [0, *inside.tolist(), size] if 0 < size < T else [0, *inside.tolist()]
+        cu_seqlens_S[used : used + len(starts)] = np.array(starts) + b * T
+        used += len(starts)
+    return cu_seqlens_S
+
+
+def train_batches(
+    corpora: Sequence[Corpus],
+    cursor: Cursor,
+    *,
+    global_batch: Callable[[int], int],
+    micro_batch: int,
+    data_rank: int,
+    data_ranks: int,
+    document_mask: bool,
+    prefetch: int,
+    pin: bool,
+) -> Prefetched[list[Batch]]:
+    """Endless steps from `cursor` on, each the micro-batches of this data rank; close() it at the end.
+
+    `global_batch` maps consumed sequences to the sequences of the step that begins there. `corpora` are matched to the
+    cursor's sources by fingerprint; context and packing are the cursor's. `prefetch` counts steps. The thread's place
+    is nobody's state: after a step the trainer goes on with cursor.advanced(sequences of the step).
+    Raises UserError if a corpus of the mixture is not among `corpora`; ValueError, from next(), if a step's sequences
+    are not a multiple of micro_batch * data_ranks.
+    """
+    tables = _open_sources(corpora, cursor)
+    layout = _layout(corpora[0], cursor.context, cursor.packing, document_mask=document_mask)
+
+    def steps() -> Iterator[list[Batch]]:
+        for positions in _ordered(cursor, _shares(cursor.consumed, global_batch, micro_batch, data_rank, data_ranks)):
+            micro_batches = []
+            for first in range(0, len(positions.samples), micro_batch):
+                part = slice(first, first + micro_batch)
+                numbers = zip(positions.corpus[part].tolist(), positions.sequence[part].tolist(), strict=True)
+                rows = [(tables[corpus], sequence) for corpus, sequence in numbers]
+                batch = layout.batch(rows, positions.samples[part])
+                micro_batches.append(batch.pin_memory() if pin else batch)
+            yield micro_batches
+
+    return Prefetched(steps(), prefetch)
+
+
+def _layout(corpus: Corpus, context: int, packing: Packing, *, document_mask: bool) -> Layout:
+    return Layout(
+        context=context,
+        packing=packing,
+        document_mask=document_mask,
+        end_of_text=corpus.manifest.end_of_text,
+        dtype=np.dtype(corpus.manifest.dtype),
+    )
+
+
+def _open_sources(corpora: Sequence[Corpus], cursor: Cursor) -> dict[int, Sequences]:
+    """The sequences of the sources that the current mixture draws from."""
+    by_fingerprint = {corpus.fingerprint: corpus for corpus in corpora}
+    tables = {}
+    for number, weight in enumerate(cursor.segments[-1].weights):
+        source = cursor.sources[number]
+        if weight and source.fingerprint not in by_fingerprint:
+            raise UserError(f"the run reads a corpus {source.fingerprint[:12]} that is not in data.mixture.")
+        if weight:
+            corpus = by_fingerprint[source.fingerprint]
+            tables[number] = open_sequences(corpus, "train", context=cursor.context, packing=cursor.packing)
+    return tables
+
+
+@dataclass(frozen=True)
+class _Positions:
+    """A rank's part of a step: where in the stream, and what lies there."""
+
+    samples: np.ndarray
+    corpus: np.ndarray
+    sequence: np.ndarray
+
+
+def _shares(
+    consumed: int, global_batch: Callable[[int], int], micro_batch: int, data_rank: int, data_ranks: int
+) -> Iterator[np.ndarray]:
+    """The positions that this rank has in each step, one after another."""
+    while True:
+        size = global_batch(consumed)
+        if size < 1 or size % (micro_batch * data_ranks):
+            raise ValueError(
+                f"a step of {size:,} sequences is not a multiple of micro_batch {micro_batch} x data {data_ranks}"
+            )
+        share = size // data_ranks
+        yield consumed + data_rank * share + np.arange(share)
+        consumed += size
+
+
+def _ordered(cursor: Cursor, shares: Iterator[np.ndarray]) -> Iterator[_Positions]:
+    """What lies at the positions of each step, ordered for many steps in one call."""
+    for first in shares:
+        ahead, size = [first], len(first)
+        while size < _ORDER_AHEAD:
+            ahead.append(next(shares))
+            size += len(ahead[-1])
+        corpus, sequence = sequences(cursor, np.concatenate(ahead))
+        stop = 0
+        for samples in ahead:
+            start, stop = stop, stop + len(samples)
+            yield _Positions(samples, corpus[start:stop], sequence[start:stop])
+
+
+def heldout_batches(
+    corpus: Corpus,
+    *,
+    context: int,
+    sequences: int,
+    micro_batch: int,
+    data_rank: int,
+    data_ranks: int,
+    packing: Packing,
+    document_mask: bool,
+) -> Iterator[Batch]:
+    """Micro-batches of this data rank in an evaluation: `sequences` held-out ones, spread evenly over the split.
+
+    All of them if the split has fewer. Every rank yields equally many micro-batches of equal size; what is missing
+    are rows of padding without targets. Raises UserError if the held-out split is empty.
+    """
+    table = open_sequences(corpus, "heldout", context=context, packing=packing)
+    layout = _layout(corpus, context, packing, document_mask=document_mask)
+    count = min(sequences, table.count)
+    steps = -(-count // (micro_batch * data_ranks))
+    for step in range(steps):
+        samples_B = (step * data_ranks + data_rank) * micro_batch + np.arange(micro_batch)
+        rows = [(table, sample * table.count // count) if sample < count else None for sample in samples_B.tolist()]
+        yield layout.batch(rows, samples_B)

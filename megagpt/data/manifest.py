@@ -1,0 +1,111 @@
+"""`manifest.json`: what a corpus is, and the commit of its build. It is written last; without it there is no corpus.
+
+Its `fingerprint` is the sha256 of everything else in it, as canonical JSON. Since it holds the hash of every shard,
+it names the corpus's content wherever the folder lies; the data order is keyed by it, and a checkpoint refers to it.
+Paths of the raw files are therefore not in it but in `sources.jsonl`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megagpt.data.files import canonical_json, sha256, write_atomically
+from megagpt.data.shards import ShardEntry
+from megagpt.errors import UserError
+
+FORMAT = "megagpt corpus 1"
+SPLITS = ("train", "heldout")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """Totals of a split. `histogram[b]` documents have 2**b up to 2**(b+1) - 1 tokens, end of text included."""
+
+    documents: int = 0
+    tokens: int = 0
+    text_bytes: int = 0
+    histogram: tuple[int, ...] = ()
+
+    def __add__(self, other: Counts) -> Counts:
+        length = max(len(self.histogram), len(other.histogram))
+        mine = self.histogram + (0,) * (length - len(self.histogram))
+        theirs = other.histogram + (0,) * (length - len(other.histogram))
+        return Counts(
+            documents=self.documents + other.documents,
+            tokens=self.tokens + other.tokens,
+            text_bytes=self.text_bytes + other.text_bytes,
+            histogram=tuple(a + b for a, b in zip(mine, theirs, strict=True)),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """The contents of manifest.json, but for the format and the fingerprint, which follow."""
+
+    tokenizer_sha256: str
+    vocabulary: int
+    end_of_text: int
+    dtype: str
+    options: dict[str, Any]
+    source_files: int
+    empty_documents: int
+    counts: dict[str, Counts]
+    shards: tuple[ShardEntry, ...]
+
+    def body(self) -> dict[str, Any]:
+        """What the fingerprint covers."""
+        return {"format": FORMAT, **json.loads(canonical_json(dataclasses.asdict(self)))}
+
+    def fingerprint(self) -> str:
+        return sha256(canonical_json(self.body()))
+
+    def shards_of(self, split: str) -> tuple[ShardEntry, ...]:
+        return tuple(entry for entry in self.shards if entry.split == split)
+
+
+def save_manifest(folder: Path, manifest: Manifest) -> None:
+    """Commit the corpus in `folder`."""
+    content = {"fingerprint": manifest.fingerprint(), **manifest.body()}
+    write_atomically(folder / "manifest.json", (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def load_manifest(folder: Path) -> Manifest:
+    """Read and check a corpus's manifest. Raises UserError if it is missing, changed or of another version."""
+    path = folder / "manifest.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        fingerprint, found = content.pop("fingerprint"), content.get("format")
+    except FileNotFoundError as error:
+        rule = f"{folder} is not a corpus: it has no manifest.json."
+        raise UserError(rule, "Build one with 'megagpt data build', or finish a build that was stopped.") from error
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise _unreadable(path, error) from error
+    if found != FORMAT:
+        raise UserError(
+            f"{path} is of the format '{found}'; this megagpt reads '{FORMAT}'.", "Build the corpus again."
+        )
+    if sha256(canonical_json(content)) != fingerprint:
+        rule = f"{path} was changed after it was written: its fingerprint {fingerprint[:12]} does not match."
+        raise UserError(rule, "Restore the file, or build the corpus again; no field of it is for editing.")
+    try:
+        return _parsed(content)
+    except (KeyError, TypeError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path} is not a corpus's manifest: {error!r}.", "Build the corpus again.")
+
+
+def _parsed(content: dict[str, Any]) -> Manifest:
+    fields = {key: value for key, value in content.items() if key != "format"}
+    fields["counts"] = {
+        split: Counts(**{**counts, "histogram": tuple(counts["histogram"])})
+        for split, counts in content["counts"].items()
+    }
+    fields["shards"] = tuple(ShardEntry(**entry) for entry in content["shards"])
+    return Manifest(**fields)

@@ -1,0 +1,171 @@
+"""One task of a build: some slices of the input become shards of their own, and then a marker says so.
+
+Task 7 writes train-00007-00.tar, heldout-00007-00.tar and so on with their indices, a further part wherever a shard
+is full, and last, in OUT/.build, 00007.json with what it counted. Run twice, it writes the same bytes twice.
+A document is held out if the first 8 bytes of its sha256, as a big-endian fraction, are below the held-out share:
+equal texts fall on the same side.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from megagpt.data import sources
+from megagpt.data.files import canonical_json, write_atomically
+from megagpt.data.manifest import SPLITS, Counts
+from megagpt.data.shards import BLOCK_TOKENS, ShardEntry, ShardWriter, open_shard
+from megagpt.data.sources import Slice
+from megagpt.data.tokenizer import Tokenizer, parse_tokenizer
+from megagpt.data.workers import Report
+
+PREPARATION = ".build"
+_SHARD_TOKENS = 1 << 27
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What the bytes of a corpus depend on, besides its input and tokenizer; kept in the manifest."""
+
+    column: str = "text"
+    heldout: float = 0.005
+    tasks: int = 16
+    block_tokens: int = BLOCK_TOKENS
+    vocabulary: int = 32_768
+    end_of_text: str = ""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker must know besides its task."""
+
+    out: Path
+    recipe: Recipe
+    definition: str
+    end_of_text: int
+
+    def tokenizer(self) -> Tokenizer:
+        tokenizer = parse_tokenizer(self.definition, source="tokenizer.json", end_of_text=self.recipe.end_of_text)
+        return dataclasses.replace(tokenizer, end_of_text=self.end_of_text)
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """What a marker holds."""
+
+    empty_documents: int
+    counts: dict[str, Counts]
+    shards: tuple[ShardEntry, ...]
+
+
+def is_heldout(utf8: bytes, share: float) -> bool:
+    """Whether a document is kept out of training: by its content alone."""
+    return int.from_bytes(hashlib.sha256(utf8).digest()[:8], "big") < int(share * 2**64)
+
+
+def run_task(job: Job, task: tuple[int, Sequence[Slice]], report: Report) -> None:
+    """Tokenise one task's slices into its shards and mark it done. Reports bytes of text, as estimated."""
+    number, slices = task
+    tokenizer = job.tokenizer()
+    empty = 0
+    with ExitStack() as stack:
+        writers = {split: stack.enter_context(_SplitWriter(job, split, number, tokenizer.dtype())) for split in SPLITS}
+        for piece in slices:
+            left = piece.text_bytes
+            for document in sources.read(piece, job.recipe.column):
+                if document.utf8:
+                    split = "heldout" if is_heldout(document.utf8, job.recipe.heldout) else "train"
+                    writers[split].add(tokenizer.encode_document(document.text), len(document.utf8))
+                else:
+                    empty += 1
+                done = min(left, len(document.utf8))
+                left -= done
+                report(done)
+            report(left)
+    result = {
+        "empty_documents": empty,
+        "counts": {split: dataclasses.asdict(writers[split].counts()) for split in SPLITS},
+        "shards": [dataclasses.asdict(entry) for split in SPLITS for entry in writers[split].entries],
+    }
+    write_atomically(_marker(job.out, number), canonical_json(result))
+
+
+def _marker(out: Path, number: int) -> Path:
+    return out / PREPARATION / f"{number:05d}.json"
+
+
+def result_of(out: Path, number: int) -> TaskResult | None:
+    """What a finished task left; None if it has to be run (again)."""
+    try:
+        content = json.loads(_marker(out, number).read_bytes())
+    except FileNotFoundError:
+        return None
+    shards = tuple(ShardEntry(**entry) for entry in content["shards"])
+    for entry in shards:
+        for name, size in ((f"{entry.name}.tar", entry.tar_bytes), (f"{entry.name}.index", entry.index_bytes)):
+            if not (out / name).is_file() or (out / name).stat().st_size != size:
+                return None
+    counts = {
+        split: Counts(**{**found, "histogram": tuple(found["histogram"])})
+        for split, found in content["counts"].items()
+    }
+    return TaskResult(content["empty_documents"], counts, shards)
+
+
+class _SplitWriter:
+    """The shards of one split in one task, the next begun where one is full. A context, closed by the task's end."""
+
+    def __init__(self, job: Job, split: str, task: int, dtype: np.dtype) -> None:
+        self.job, self.split, self.task, self.dtype = job, split, task, dtype
+        self.entries: list[ShardEntry] = []
+        self._text_bytes = 0
+        self._histogram = [0] * 32
+        self._shard: ShardWriter | None = None
+        self._stack = ExitStack()
+
+    def __enter__(self) -> _SplitWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self._finish_shard()
+        else:
+            self._stack.__exit__(kind, error, trace)
+
+    def _name(self) -> str:
+        return f"{self.split}-{self.task:05d}-{len(self.entries):02d}"
+
+    def add(self, ids: np.ndarray, text_bytes: int) -> None:
+        if self._shard is not None and self._shard.tokens + len(ids) > _SHARD_TOKENS:
+            self._finish_shard()
+        if self._shard is None:
+            shard = open_shard(self.job.out, self._name(), dtype=self.dtype, block_tokens=self.job.recipe.block_tokens)
+            self._shard = self._stack.enter_context(shard)
+        self._shard.add(ids)
+        self._text_bytes += text_bytes
+        self._histogram[len(ids).bit_length() - 1] += 1
+
+    def _finish_shard(self) -> None:
+        if self._shard is not None:
+            self._stack.close()
+            self.entries.append(self._shard.entry(self.job.out, self._name(), self.split))
+            self._shard = None
+
+    def counts(self) -> Counts:
+        used = max((size for size, count in enumerate(self._histogram, start=1) if count), default=0)
+        return Counts(
+            documents=sum(entry.documents for entry in self.entries),
+            tokens=sum(entry.tokens for entry in self.entries),
+            text_bytes=self._text_bytes,
+            histogram=tuple(self._histogram[:used]),
+        )

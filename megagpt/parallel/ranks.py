@@ -1,0 +1,236 @@
+"""The ranks of this machine: start them, or join those that a launcher started.
+
+Local ranks are forked. Without a GPU the parent imports torch and DeepSpeed first, once for all: two ranks start in a
+second instead of ten. With one it does not, since a process that has touched CUDA cannot be forked. Ranks meet through
+a file, so no port has to be free.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import os
+import signal
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from types import ModuleType
+
+from megagpt.errors import UserError
+
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+FORWARDED = (signal.SIGTERM, signal.SIGINT)
+GRACE_SECONDS = 5.0
+_PR_SET_PDEATHSIG = 1
+
+
+def launched() -> bool:
+    """Whether a launcher (torchrun, srun, mpirun, ...) started this process as one of several ranks."""
+    return all(name in os.environ for name in RANK_VARIABLES)
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def run_local(work: Callable[[], None], ranks: int) -> int:
+    """Run `work` in `ranks` forked processes of this machine and return the exit status of the first that failed.
+
+    SIGTERM and SIGINT go on to every rank, which stop at their next step. A rank that dies takes the others with it,
+    after `GRACE_SECONDS`, and its cause is the last thing printed.
+    """
+    if not gpu_present():
+        import_deepspeed()
+    with tempfile.TemporaryDirectory(prefix="megagpt-") as name:
+        folder = Path(name)
+        children = {rank: _fork(work, rank, ranks, folder) for rank in range(ranks)}
+        previous = {number: signal.signal(number, _forward_to(children)) for number in FORWARDED}
+        try:
+            failed, status = _wait(dict(children))
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+        if status:
+            print(f"megagpt: {_cause(folder, failed, status)}", file=sys.stderr)
+        return status
+
+
+def _fork(work: Callable[[], None], rank: int, ranks: int, folder: Path) -> int:
+    """Start a rank; returns its process id. `folder` is where ranks meet, and leave word of why they died."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    parent, child = os.getpid(), os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        _die_with_parent(parent)
+        os.setpgid(0, 0)  # the terminal's Ctrl-C reaches the parent alone, which passes it on once
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+        os.environ.update({name: str(value) for name, value in place.items()}, MEGAGPT_MEETING=str(folder / "meeting"))
+        work()
+        status = 0
+    except UserError as error:
+        status = 2
+        (folder / f"cause-{rank}").write_text(str(error), encoding="utf-8")
+    except SystemExit as stop:
+        status = stop.code if isinstance(stop.code, int) else 1
+    except KeyboardInterrupt:
+        status = 130
+    except BaseException as error:  # a forked rank must never return into its parent's code
+        traceback.print_exc()
+        cause = f"rank {rank} died: {type(error).__name__}: {error}"
+        (folder / f"cause-{rank}").write_text(cause, encoding="utf-8")
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)  # no collective, no destructor and no handler of the parent may run here
+
+
+def _cause(folder: Path, rank: int, status: int) -> str:
+    """Why the first rank that failed did so, in its own words if it left any."""
+    word = folder / f"cause-{rank}"
+    if word.is_file():
+        return word.read_text(encoding="utf-8")
+    if status > 128:
+        return f"rank {rank} was killed by {signal.Signals(status - 128).name}."
+    return f"rank {rank} ended with exit status {status}."
+
+
+def _die_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when its parent ends, however it ends: no rank may outlive its run."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before the kernel was told
+            os._exit(1)
+
+
+def _forward_to(children: dict[int, int]) -> Callable[[int, object], None]:
+    def forward(number: int, _frame: object) -> None:
+        for child in children.values():
+            with contextlib.suppress(ProcessLookupError):  # it has ended already
+                os.kill(child, number)
+
+    return forward
+
+
+def _wait(children: dict[int, int]) -> tuple[int, int]:
+    """Collect every child (rank -> process id); once one has failed, end the rest after a grace period.
+
+    Returns the rank that failed first and its exit status, as a shell has it; (0, 0) if none did.
+    """
+    first, status, deadline = 0, 0, float("inf")
+    while children:
+        ended = {rank: state for rank, child in children.items() if (state := _ended(child)) is not None}
+        for rank, state in ended.items():
+            del children[rank]
+            if state and not status:
+                first, status, deadline = rank, state, time.monotonic() + GRACE_SECONDS
+        if time.monotonic() > deadline:
+            for child in children.values():
+                os.kill(child, signal.SIGKILL)
+            deadline = float("inf")
+        if not ended:
+            time.sleep(0.02)
+    return first, status
+
+
+def _ended(child: int) -> int | None:
+    """The exit status of a child that has ended (128 + n if signal n killed it), or None."""
+    done, state = os.waitpid(child, os.WNOHANG)
+    if not done:
+        return None
+    code = os.waitstatus_to_exitcode(state)
+    return 128 - code if code < 0 else code
+
+
+def join(*, world: int) -> None:
+    """Join the process group of the run, on the GPU's NCCL or the CPU's gloo, and tell DeepSpeed about it.
+
+    Raises UserError if the launcher started another number of ranks than the layout has.
+    """
+    if world_size() != world:
+        raise UserError(
+            f"the layout has {world} ranks (parallel.data x pipeline x tensor), but the launcher started {world_size()}.",
+            f"Start {world} ranks, or set parallel.data so that the product is {world_size()}.",
+        )
+    deepspeed = import_deepspeed()
+    import torch
+    import torch.distributed as dist
+
+    on_gpu = gpu_present()
+    if not on_gpu:
+        share = len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_WORLD_SIZE"])
+        torch.set_num_threads(max(1, min(share, torch.get_num_threads())))
+    else:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    meeting = os.environ.get("MEGAGPT_MEETING")
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        init_method=f"file://{meeting}" if meeting else "env://",
+        rank=rank(),
+        world_size=world,
+        timeout=timedelta(minutes=30),
+    )
+    deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
+
+
+def lowest_over_ranks(value: int) -> int:
+    """The lowest of all ranks' values; without a process group, the value itself. Every rank must call it."""
+    import torch
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return value
+    found = torch.tensor(value, device="cuda" if gpu_present() else "cpu")
+    dist.all_reduce(found, op=dist.ReduceOp.MIN)
+    return int(found)
+
+
+def sum_over_ranks(values: list[float]) -> list[float]:
+    """Each value's sum over all ranks, in fp64; without a process group, the values. Every rank must call it."""
+    import torch
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return values
+    sums = torch.tensor(values, dtype=torch.float64, device="cuda" if gpu_present() else "cpu")
+    dist.all_reduce(sums)
+    return sums.tolist()
+
+
+def gpu_present() -> bool:
+    """Whether this machine has an NVIDIA or AMD GPU, found without waking it: CUDA must not start before a fork."""
+    return Path("/dev/nvidiactl").exists() or Path("/dev/kfd").exists()
+
+
+def import_deepspeed() -> ModuleType:
+    """DeepSpeed, imported so that it says nothing, and on a CPU neither looks for a GPU nor compiles anything.
+
+    On a CPU it would compile a shared-memory collective at the first run, for a minute or more, and a process killed
+    meanwhile leaves a lock file on which every later run hangs. Marked as unavailable, gloo does the work instead. It
+    would also refuse fp16 on CPUs without the instructions, where torch computes it all the same, only slowly.
+    """
+    if not gpu_present():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+    import deepspeed.ops
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # DeepSpeed's calls
+    if not gpu_present():
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        get_accelerator().is_fp16_supported = lambda: True
+    return deepspeed
