@@ -9,6 +9,8 @@ DeepSpeed averages gradients over the data-parallel ranks, so each micro-batch's
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -53,12 +55,10 @@ class Engine:
         self.device = torch.device("cuda", torch.cuda.current_device()) if ranks.gpu_present() else torch.device("cpu")
         config = deepspeed_config(run)
         gpt = _build(run, config, self.device)
-        self._engine, _, _, _ = deepspeed.initialize(
-            model=gpt,
-            optimizer=_adamw(gpt, run.optim),
-            config=config,
-            dist_init_required=False,
-        )
+        with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints memory reports that nobody asked for
+            self._engine, _, _, _ = deepspeed.initialize(
+                model=gpt, optimizer=_adamw(gpt, run.optim), config=config, dist_init_required=False
+            )
         self._clip_norm = run.optim.clip_norm
         self._half = run.train.precision != "fp32"
         state.create(self._engine)
@@ -93,7 +93,7 @@ class Engine:
             loss=float(total / tokens),
             grad_norm=grad_norm,
             tokens=int(tokens),
-            skipped=bool(getattr(self._engine.optimizer, "overflow", False)),
+            skipped=self._engine.fp16_enabled() and bool(self._engine.optimizer.overflow),
             loss_scale=loss_scale,
         )
 
