@@ -1,5 +1,6 @@
 """Every rule that a run must obey, tried before any rank starts; each refusal names the setting, its value, the rule
-and what to do instead."""
+and what to do instead.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +44,7 @@ def _check_model(model: Model) -> None:
         )
     if model.positions == "rotary" and model.head_width() % 2:
         raise UserError(
-            f"model.positions = rotary needs an even head width, and model.width / model.heads is {model.head_width()}.",
+            f"model.positions = rotary needs an even head width; model.width / model.heads is {model.head_width()}.",
             "Change model.heads or model.width, or use model.positions learned.",
         )
     _between("model.dropout", model.dropout, 0, 1)
@@ -81,10 +82,10 @@ def _check_ramp(train: Train, parallel: Parallel) -> None:
             "Choose an increment that divides the difference.",
         )
     for name in ("ramp_start", "ramp_increment"):
-        if getattr(train, name) % group:
+        if (value := getattr(train, name)) % group:
             raise UserError(
-                f"train.{name} = {getattr(train, name)} is not a multiple of train.micro_batch x parallel.data = {group}.",
-                f"Nearest: {_multiples_near(getattr(train, name), group)}; or lower train.micro_batch.",
+                f"train.{name} = {value} is not a multiple of train.micro_batch x parallel.data = {group}.",
+                f"Nearest: {_multiples_near(value, group)}; or lower train.micro_batch.",
             )
 
 
@@ -122,9 +123,9 @@ def _check_parallel(parallel: Parallel, model: Model) -> None:
             f"Use at most {model.layers}.",
         )
     for name in ("pipeline", "tensor"):
-        if getattr(parallel, name) > 1:
+        if (size := getattr(parallel, name)) > 1:
             raise UserError(
-                f"parallel.{name} = {getattr(parallel, name)}: this version trains with data parallelism and ZeRO only.",
+                f"parallel.{name} = {size}: this version trains with data parallelism and ZeRO only.",
                 f"Use parallel.{name} 1 and parallel.data {parallel.world_size()} with parallel.zero_stage 3.",
             )
 

@@ -154,7 +154,8 @@ def _build(run: Run, config: dict[str, Any], device: torch.device) -> GPT:
 
 def _adamw(gpt: nn.Module, optim: Optim) -> torch.optim.AdamW:
     """AdamW with decay on matrices and embeddings alone. Its rate is set at every step; 0 here, since DeepSpeed steps
-    some optimizers once, on zero gradients, to make their state."""
+    some optimizers once, on zero gradients, to make their state.
+    """
     decayed = [p for p in gpt.parameters() if len(_shape(p)) > 1]
     others = [p for p in gpt.parameters() if len(_shape(p)) <= 1]
     adamw = torch.optim.AdamW(

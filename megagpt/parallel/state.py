@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from megagpt.mesh import Mesh
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
@@ -37,7 +36,7 @@ class Slice:
 
 
 def create(engine: Any) -> None:
-    """Give every master its moments now, as zeros, instead of at the first step (or at DeepSpeed's step on nothing)."""
+    """Give every master its moments now, as zeros, instead of at the first step or at DeepSpeed's step on nothing."""
     optimizer = _adamw(engine)
     for master in _masters(engine):
         optimizer.state[master] = {
@@ -89,7 +88,8 @@ def loss_scale(engine: Any) -> float:
 
 def own_scale(engine: Any) -> float:
     """The loss scale that is ours to apply, and still in DeepSpeed's gradient norm: with ZeRO 0 and fp16 DeepSpeed
-    0.19.8 divides the gradients by the scale without having multiplied the loss. With ZeRO 1-3 it does both."""
+    0.19.8 divides the gradients by the scale without having multiplied the loss. With ZeRO 1-3 it does both.
+    """
     return loss_scale(engine) if engine.zero_optimization_stage() == 0 else 1.0
 
 
@@ -141,7 +141,7 @@ def _flat_partition(_engine: Any, name: str, parameter: Any) -> Slice | None:
     fragment = parameter._hp_mapping
     if fragment is None:
         return None
-    views = [fragment.get_hp_fragment(key).data for key in (None, *MOMENTS)]
+    views = [fragment.get_hp_fragment(key).detach() for key in (None, "exp_avg", "exp_avg_sq")]
     return Slice(name, tuple(parameter.shape), fragment.lp_fragment_address.start, *views)
 
 
@@ -167,4 +167,5 @@ def _weights_from_masters(engine: Any) -> None:
     else:
         masters = _whole_masters(engine)
         for parameter in engine.module.parameters():
-            parameter.data.copy_(masters.get(id(parameter), parameter).data)
+            if (master := masters.get(id(parameter))) is not None:
+                parameter.data.copy_(master.data)

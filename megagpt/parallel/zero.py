@@ -15,7 +15,7 @@ from megagpt.config import Run
 def deepspeed_config(run: Run) -> dict[str, Any]:
     """DeepSpeed's configuration of `run`. Units: buckets in elements.
 
-    Gradients accumulate in fp32 wherever DeepSpeed can (ZeRO 1-3); with ZeRO 0 it keeps them in the weights' precision.
+    Gradients accumulate in fp32 wherever DeepSpeed can (ZeRO 1-3); ZeRO 0 keeps them in the weights' precision.
     """
     parallel, train = run.parallel, run.train
     accumulation = train.global_batch // (train.micro_batch * parallel.data)

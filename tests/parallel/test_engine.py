@@ -33,7 +33,9 @@ def run_of(*, zero_stage: int, data: int, micro_batch: int, precision: str = "fp
 
 def rows(step: int) -> Batch:
     """The global batch of a step, with unequal numbers of targets a row."""
-    tokens = torch.randint(0, MODEL.vocabulary, (ROWS, MODEL.context + 1), generator=torch.Generator().manual_seed(step))
+    tokens = torch.randint(
+        0, MODEL.vocabulary, (ROWS, MODEL.context + 1), generator=torch.Generator().manual_seed(step)
+    )
     targets = tokens[:, 1:].clone()
     for row in range(ROWS):
         targets[row, : 2 * row] = IGNORE
@@ -119,7 +121,9 @@ def truth() -> dict[str, Any]:
 
 def weights_of(case: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """Whole weights, flat, from the slices of all ranks."""
-    whole: dict[str, torch.Tensor] = {name: torch.full((p.numel(),), torch.nan) for name, p in build(MODEL).named_parameters()}
+    whole: dict[str, torch.Tensor] = {
+        name: torch.full((p.numel(),), torch.nan) for name, p in build(MODEL).named_parameters()
+    }
     for rank in case:
         for name, start, values in rank["slices"]:
             assert whole[name][start : start + len(values)].isnan().all(), "two ranks own the same element"
@@ -150,7 +154,7 @@ def check(case: list[dict[str, Any]], truth: dict[str, Any], precision: str) -> 
     weights = weights_of(case)
     for name, expected in truth["weights"].items():
         error = (weights[name].double() - expected.flatten()).abs().max()
-        # Where a gradient is nearly zero Adam divides rounding by rounding: a step is bounded by the rate all the same.
+        # Where a gradient is nearly zero Adam divides rounding by rounding; a step is bounded by the rate even so.
         bound = 2 * STEPS * OPTIM.lr if precision != "fp32" else TOLERANCE["fp32"]
         assert error <= bound, f"{name} is off by {error}"
 
