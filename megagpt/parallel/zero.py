@@ -1,7 +1,7 @@
 """The DeepSpeed dictionary of a run: one pure function, so that no user ever writes one.
 
 What it leaves out matters as much: no optimizer (train.py hands DeepSpeed torch's AdamW, so nothing is compiled), no
-scheduler (the rate is set each step), and batch sizes only as DeepSpeed's own checks want them (engine.py marks the
+scheduler (the rate is set each step), no clipping (engine.py clips, with a norm that holds on every layout), and batch sizes only as DeepSpeed's own checks want them (engine.py marks the
 accumulation boundary itself, so that the batch can grow during a run).
 """
 
@@ -23,7 +23,7 @@ def deepspeed_config(run: Run) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": train.micro_batch,
         "gradient_accumulation_steps": accumulation,
         "train_batch_size": train.micro_batch * parallel.data * accumulation,
-        "gradient_clipping": run.optim.clip_norm,
+        "gradient_clipping": 0.0,
         "steps_per_print": 2**62,
         "wall_clock_breakdown": False,
         "zero_allow_untested_optimizer": True,
