@@ -138,7 +138,7 @@ def run_eval(options: Eval) -> int:
     trained = open_trained(options.run)
     corpora = [open_corpus(folder) for folder in options.corpus or map(Path, trained.run.data.mixture)]
     for corpus in corpora:
-        corpus.require_tokenizer(trained.tokenizer)
+        trained.refuse_other_tokenizer(corpus)
     device = default_device()
     gpt = trained.model(device)
     results = [

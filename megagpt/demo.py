@@ -18,7 +18,7 @@ import json
 import lzma
 import sysconfig
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from megagpt.files import write_whole
 
 SKIPPED_FOLDERS = frozenset(
     {
-        "__pycache__", "dist-packages", "ensurepip", "idlelib", "lib2to3", "site-packages",  # not the library's own text
+        "__pycache__", "dist-packages", "ensurepip", "idlelib", "lib2to3", "site-packages",  # other programs
         "encodings", "pydoc_data",  # generated tables
         "idle_test", "test", "tests", "turtledemo",
     }
@@ -56,7 +56,7 @@ def write_corpora(folder: Path, *, prose_bytes: int = 3_000_000, code_bytes: int
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # old escapes in the library's own strings
             tree = ast.parse(source)
-        prose += [document for document in docstrings(tree, path) if len(document.text) >= LEAST_PROSE]
+        prose += [document for document in docstrings(source, tree, path) if len(document.text) >= LEAST_PROSE]
         code.append(Document(text=without_docstrings(source, tree), path=path))
     folder.mkdir(parents=True, exist_ok=True)
     targets = folder / "prose.jsonl", folder / "code.jsonl"
@@ -66,35 +66,34 @@ def write_corpora(folder: Path, *, prose_bytes: int = 3_000_000, code_bytes: int
     return targets
 
 
-def docstrings(tree: ast.Module, path: str) -> list[Document]:
+def docstrings(source: str, tree: ast.Module, path: str) -> list[Document]:
     """The docstrings of a module, its classes and functions, dedented; each is named by its place in the module."""
-    return [
-        Document(text=(ast.get_docstring(node) or "") + "\n", path=place) for node, place in _documented(tree, path)
-    ]
+    found = _documented(tree, path, source.splitlines())
+    return [Document(text=(ast.get_docstring(node) or "") + "\n", path=place) for node, place in found]
 
 
 def without_docstrings(source: str, tree: ast.Module) -> str:
     """The source without the lines of its docstrings; a body of nothing else becomes `pass`."""
     lines = source.splitlines(keepends=True)
-    for node, _ in _documented(tree, ""):
+    for node, _ in list(_documented(tree, "", lines)):
         string = node.body[0]
-        first, last = string.lineno - 1, (string.end_lineno or string.lineno) - 1
-        stands_alone = not lines[first][: string.col_offset].strip()  # not so in: def f(): "text"
-        if stands_alone:
-            lines[first : last + 1] = [""] * (last + 1 - first)
-            if len(node.body) == 1 and not isinstance(node, ast.Module):
-                lines[first] = " " * string.col_offset + "pass\n"
-    return "".join(lines)
+        first, last = string.lineno - 1, string.end_lineno or string.lineno
+        lines[first:last] = [""] * (last - first)
+        if len(node.body) == 1 and not isinstance(node, ast.Module):
+            lines[first] = " " * string.col_offset + "pass\n"
+    return "".join(lines).strip("\n") + "\n"
 
 
-def _documented(node: ast.AST, place: str) -> Iterator[tuple[_Documented, str]]:
-    """Every module, class and function with a docstring, and its place; expressions, which hold none, are passed over."""
+def _documented(node: ast.AST, place: str, lines: Sequence[str]) -> Iterator[tuple[_Documented, str]]:
+    """Every module, class and function with a docstring on lines of its own, and its place."""
     if isinstance(node, _Documented) and ast.get_docstring(node, clean=False):
-        yield node, place
-    for field in ("body", "orelse", "handlers", "finalbody", "cases"):
+        string = node.body[0]
+        if not lines[string.lineno - 1][: string.col_offset].strip():  # not so in: def f(): "text"
+            yield node, place
+    for field in ("body", "orelse", "handlers", "finalbody", "cases"):  # where statements are; expressions have none
         for child in getattr(node, field, ()):
             named = isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
-            yield from _documented(child, f"{place}:{child.name}" if named else place)
+            yield from _documented(child, f"{place}:{child.name}" if named else place, lines)
 
 
 def chosen(documents: Iterable[Document], size: int) -> list[Document]:

@@ -240,13 +240,20 @@ class GPT(nn.Module):
             carry = block(carry)
         return self.head(carry, batch.targets_BT)
 
-    def logits(self, tokens_BT: Tensor, caches: Sequence[KeyValueCache] | None = None) -> Tensor:
-        """logits_BTV, without dropout's samples; with one cache a block, of tokens that go on where the caches end."""
-        first = caches[0].length if caches else 0
-        carry = self.embedding((tokens_BT, None, tokens_BT.new_zeros(len(tokens_BT))), first)
-        for layer, block in enumerate(self.blocks):
-            carry = block(carry, caches[layer] if caches else None)
+    def logits(self, tokens_BT: Tensor) -> Tensor:
+        """logits_BTV of rows that are one document each."""
+        carry = self.embedding((tokens_BT, None, tokens_BT.new_zeros(len(tokens_BT))))
+        for block in self.blocks:
+            carry = block(carry)
         return self.head(carry)
+
+    def next_logits(self, tokens_BT: Tensor, caches: Sequence[KeyValueCache]) -> Tensor:
+        """logits_BV after the last of T more tokens, which go on where the caches, one a block, end."""
+        carry = self.embedding((tokens_BT, None, tokens_BT.new_zeros(len(tokens_BT))), caches[0].length)
+        for block, cache in zip(self.blocks, caches, strict=True):
+            carry = block(carry, cache)
+        x_BTD, document_start_BT, samples_B = carry
+        return self.head((x_BTD[:, -1:], document_start_BT, samples_B))[:, 0]
 
 
 def initial_value(name: str, shape: Sequence[int], model: config.Model, *, seed: int) -> Tensor:

@@ -103,9 +103,9 @@ def step(run: Run, engine: Engine, progress: Progress, batches: Iterator[list[Ba
 
 
 def _refuse_divergence(done: Step, step: int, root: Path) -> None:
-    if not math.isfinite(done.loss) and not done.skipped:
+    if not math.isfinite(done.loss + done.grad_norm) and not done.skipped:
         raise UserError(
-            f"the loss of step {step:,} is {done.loss}: the run has diverged.",
+            f"step {step:,} has loss {done.loss:g} and gradient norm {done.grad_norm:g}: the run has diverged.",
             f"Checkpoints under {root} are from before; continue with a lower optim.lr.",
         )
 

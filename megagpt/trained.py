@@ -9,11 +9,10 @@ import torch
 
 from megagpt import config
 from megagpt.checkpoint.load import Manifest, check_model, newest_valid, weights
+from megagpt.data.corpus import Corpus
+from megagpt.data.tokenizer import Tokenizer, load_tokenizer
 from megagpt.errors import UserError
 from megagpt.model import GPT, build
-
-TOKENIZER = "tokenizer.json"
-
 
 @dataclass(frozen=True)
 class Trained:
@@ -27,9 +26,16 @@ class Trained:
     def step(self) -> int:
         return int(self.manifest.header["step"])
 
-    @property
-    def tokenizer(self) -> Path:
-        return self.folder / TOKENIZER
+    def tokenizer(self) -> Tokenizer:
+        return load_tokenizer(self.folder)
+
+    def refuse_other_tokenizer(self, corpus: Corpus) -> None:
+        """Raise UserError unless `corpus` was built with the tokenizer that the run was trained with."""
+        if corpus.manifest.tokenizer_sha256 != self.tokenizer().sha256():
+            raise UserError(
+                f"the corpus {corpus.folder} was built with another tokenizer than the run {self.folder}.",
+                f"Build it again with --tokenizer {self.folder}.",
+            )
 
     def model(self, device: torch.device) -> GPT:
         """The model with the checkpoint's weights, in fp32 on a CPU and in the run's precision on a GPU."""

@@ -54,25 +54,33 @@ def read_manifest(commit: Commit) -> Manifest:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         version = content["format_version"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        shapes, stored = _tensors(content, commit.folder) if version == FORMAT_VERSION else ({}, {})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} cannot be read as a checkpoint's manifest: {error!r}.") from error
     if version != FORMAT_VERSION:
         raise UserError(
             f"{path} has format version {version}, and this megagpt reads version {FORMAT_VERSION}.",
             "Install the megagpt that wrote it, or a newer one.",
         )
+    for name, shape in shapes.items():
+        fault = boxes.fault_in_tiling(shape, [item.box for item in stored[name]])
+        if fault:
+            raise UserError(f"{path}: the parts of {name} do not make up the tensor: {fault}.")
+    return Manifest(commit, content, shapes, stored)
+
+
+def _tensors(
+    content: dict[str, Any], folder: Path
+) -> tuple[dict[str, tuple[int, ...]], dict[str, list[Stored]]]:
+    """Each tensor's shape, and the boxes that it is stored in."""
     shapes: dict[str, tuple[int, ...]] = {}
     stored: dict[str, list[Stored]] = defaultdict(list)
     for part in content["files"]:
         for item in part["boxes"]:
             shapes[item["tensor"]] = tuple(item["shape"])
             box = Box(tuple(item["start"]), tuple(item["size"]))
-            stored[item["tensor"]].append(Stored(box, commit.folder / part["file"], item["keys"]))
-    for name, shape in shapes.items():
-        fault = boxes.fault_in_tiling(shape, [item.box for item in stored[name]])
-        if fault:
-            raise UserError(f"{path}: the parts of {name} do not make up the tensor: {fault}.")
-    return Manifest(commit, content, shapes, stored)
+            stored[item["tensor"]].append(Stored(box, folder / part["file"], item["keys"]))
+    return shapes, stored
 
 
 def fault_in_files(manifest: Manifest, *, rank: int = 0, ranks: int = 1) -> str | None:

@@ -22,14 +22,15 @@ from pathlib import Path
 from typing import Any
 
 from megagpt.data import sources
-from megagpt.data.files import canonical_json, remove_temporaries, sha256, sync_folder, write_atomically
 from megagpt.data.manifest import SPLITS, Counts, Manifest, load_manifest, save_manifest
 from megagpt.data.progress import progress
 from megagpt.data.sources import Slice
+from megagpt.data.tables import canonical_json, sha256_of
 from megagpt.data.task import PREPARATION, Job, Recipe, TaskResult, is_heldout, result_of, run_task
 from megagpt.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from megagpt.data.workers import run_tasks
 from megagpt.errors import UserError
+from megagpt.files import require_space, sync_folder, write_whole
 
 _LARGEST_TASK = 128 << 20  # bytes of text: a task is redone after a kill, so it should not take hours
 _TRAINING_BYTES = 64 << 20  # of text for a tokenizer; more hardly changes it
@@ -94,8 +95,8 @@ class _Plan:
         stamps = [[path, Path(path).stat().st_size, Path(path).stat().st_mtime_ns] for path in files]
         return {
             "recipe": dataclasses.asdict(self.recipe),
-            "sources": sha256(self.sources()),
-            "stamps": sha256(canonical_json(stamps)),
+            "sources": sha256_of(self.sources()),
+            "stamps": sha256_of(canonical_json(stamps)),
             "tokenizer": "" if self.tokenizer is None else self.tokenizer.sha256(),
         }
 
@@ -124,11 +125,11 @@ def _only_builder(out: Path) -> Iterator[None]:
 def _agree(out: Path, plan: _Plan) -> None:
     """Begin the build, or see that the one begun here was the same. Raises UserError if not."""
     path = out / PREPARATION / "plan.json"
-    remove_temporaries(out)
-    remove_temporaries(out / PREPARATION)
+    for leftover in chain(out.glob(".*.tmp"), (out / PREPARATION).glob(".*.tmp")):
+        leftover.unlink(missing_ok=True)  # of a writer that was killed
     identity = plan.identity()
     if not path.exists():
-        write_atomically(path, canonical_json(identity))
+        write_whole(path, canonical_json(identity))
         return
     begun = json.loads(path.read_bytes())
     changed = [name for name in identity if begun.get(name) != identity[name]]
@@ -147,7 +148,7 @@ def _trained_tokenizer(out: Path, tasks: Sequence[Sequence[Slice]], recipe: Reci
         slices = list(chain.from_iterable(tasks))
         budget = _TRAINING_BYTES / max(1, sum(piece.text_bytes for piece in slices))
         tokenizer = train_tokenizer(_training_texts(slices, budget, recipe), recipe.vocabulary)
-        write_atomically(path, tokenizer.definition.encode())
+        write_whole(path, tokenizer.definition.encode())
     return load_tokenizer(path)
 
 
@@ -177,12 +178,7 @@ def _check_space(out: Path, job: Job, tasks: Sequence[Sequence[Slice]]) -> None:
             break
     text = sum(piece.text_bytes for task in tasks for piece in task)
     needed = int(text / max(1, read) * tokens * tokenizer.dtype().itemsize * 1.05)
-    free = shutil.disk_usage(out).free
-    if needed > free:
-        raise UserError(
-            f"{out} has {free / 2**30:,.1f} GiB free; the shards will take about {needed / 2**30:,.1f} GiB.",
-            "Free some space, or name a folder on another disk.",
-        )
+    require_space(out, needed, "the corpus")
 
 
 def _commit(out: Path, plan: _Plan, tokenizer: Tokenizer) -> Manifest:
@@ -206,8 +202,8 @@ def _commit(out: Path, plan: _Plan, tokenizer: Tokenizer) -> Manifest:
         counts=counts,
         shards=tuple(entry for result in results for entry in result.shards),
     )
-    write_atomically(out / "tokenizer.json", tokenizer.definition.encode())
-    write_atomically(out / "sources.jsonl", plan.sources())
+    write_whole(out / "tokenizer.json", tokenizer.definition.encode())
+    write_whole(out / "sources.jsonl", plan.sources())
     save_manifest(out, manifest)
     shutil.rmtree(out / PREPARATION)
     sync_folder(out)

@@ -186,10 +186,10 @@ def _print(rows: list[tuple[str, ...]]) -> None:
 def _excerpts(corpus: Corpus, count: int) -> Iterator[dict[str, Any]]:
     split, tokenizer = corpus.split("train"), corpus.tokenizer()
     shown = min(count, split.documents)
-    wanted = {number * split.documents // shown for number in range(shown)}
+    wanted = [number * split.documents // shown for number in range(shown)]
     before = 0
     for starts, lengths in split.document_spans():
-        for number in sorted(wanted & set(range(before, before + len(starts)))):
+        for number in (number for number in wanted if before <= number < before + len(starts)):
             start, length = int(starts[number - before]), int(lengths[number - before])
             ids = split.read(start, start + min(length, _EXCERPT))
             yield {"document": number, "tokens": length, "text": tokenizer.decode(ids)[:_EXCERPT]}

@@ -15,11 +15,12 @@ from pathlib import Path
 
 import numpy as np
 
-from megagpt.data.files import sha256, sha256_of_file, write_atomically
 from megagpt.data.manifest import Manifest, load_manifest
 from megagpt.data.shards import Shard, ShardEntry, rebuilt_index
+from megagpt.data.tables import sha256_of
 from megagpt.data.tokenizer import Tokenizer, load_tokenizer
 from megagpt.errors import UserError
+from megagpt.files import sha256, write_whole
 
 
 class Split:
@@ -33,27 +34,23 @@ class Split:
         self.documents = sum(entry.documents for entry in entries)
 
     def _shard(self, number: int) -> Shard:
-        if number not in self._open:
+        shard = self._open.get(number)
+        if shard is None:
             try:
-                self._open[number] = Shard(self.folder, self.entries[number], self.dtype)
+                shard = self._open[number] = Shard(self.folder, self.entries[number], self.dtype)
             except (OSError, ValueError) as error:
                 raise UserError(f"a shard cannot be read: {error}.", _REPAIR.format(folder=self.folder)) from error
-        return self._open[number]
-
-    def _spans(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-        """(shard, first, last) of the parts that [start, stop) consists of; first and last count from the shard."""
-        number = bisect_right(self._starts, start) - 1
-        while start < stop:
-            last = min(stop, self._starts[number + 1])
-            yield number, start - self._starts[number], last - self._starts[number]
-            start, number = last, number + 1
+        return shard
 
     def copy(self, start: int, out: np.ndarray) -> None:
         """out[:] = the tokens from `start` on. `out` may be of any integer type."""
-        done = 0
-        for number, first, last in self._spans(start, start + len(out)):
-            self._shard(number).copy(first, out[done : done + last - first])
-            done += last - first
+        while True:
+            number = bisect_right(self._starts, start) - 1
+            here = self._starts[number + 1] - start
+            if here >= len(out):
+                return self._shard(number).copy(start - self._starts[number], out)
+            self._shard(number).copy(start - self._starts[number], out[:here])
+            start, out = start + here, out[here:]
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """The tokens [start, stop), in the corpus's own type."""
@@ -61,20 +58,28 @@ class Split:
         self.copy(start, out)
         return out
 
-    def seams(self, start: int, stop: int) -> np.ndarray:
-        """Positions p, start < p < stop, at which a document begins: int64, ascending."""
-        parts = []
-        for number, first, last in self._spans(start, stop):
-            ends = self._shard(number).document_end
-            low, high = ends.searchsorted(np.array([first, last], dtype=ends.dtype), "right")
-            parts.append(ends[low:high] + np.int64(self._starts[number]))
-        seams = parts[0] if len(parts) == 1 else np.concatenate([np.zeros(0, np.int64), *parts])
-        return seams[:-1] if len(seams) and seams[-1] == stop else seams
+    def seams(self, start: int, stop: int) -> list[int]:
+        """How far from `start` documents begin, those at 0 < distance < stop - start, ascending.
+
+        A list: there are few a sequence, and Python's own integers are faster than numpy's by the handful.
+        """
+        seams = []
+        number = bisect_right(self._starts, start) - 1
+        while True:
+            before = self._starts[number]
+            ends = self._shard(number).document_ends
+            for end in ends[bisect_right(ends, start - before) :]:
+                if end >= stop - before:
+                    return seams
+                seams.append(end + before - start)
+            number += 1
+            if self._starts[number] >= stop:
+                return seams
 
     def document_spans(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """(start, length) of every document in order, int64 arrays, a shard at a time."""
         for number in range(len(self.entries)):
-            ends = self._shard(number).document_end.astype(np.int64)
+            ends = np.asarray(self._shard(number).document_ends, dtype=np.int64)
             lengths = np.diff(ends, prepend=0)
             yield ends - lengths + self._starts[number], lengths
 
@@ -172,12 +177,12 @@ def verify(folder: Path, *, repair: bool) -> list[str]:
 
 def _verify_shard(folder: Path, entry: ShardEntry, dtype: np.dtype, *, repair: bool) -> Iterator[str]:
     tar, index = folder / f"{entry.name}.tar", folder / f"{entry.name}.index"
-    whole = tar.is_file() and sha256_of_file(tar) == entry.tar_sha256
-    if not index.is_file() or sha256_of_file(index) != entry.index_sha256:
+    whole = tar.is_file() and sha256(tar) == entry.tar_sha256
+    if not index.is_file() or sha256(index) != entry.index_sha256:
         if whole and repair:
             content = rebuilt_index(tar)
-            assert sha256(content) == entry.index_sha256, "a shard's index follows from its tar"
-            write_atomically(index, content)
+            assert sha256_of(content) == entry.index_sha256, "a shard's index follows from its tar"
+            write_whole(index, content)
         else:
             yield f"{index} is missing or broken" + ("; --repair makes it from the tar." if whole else ".")
     if whole:

@@ -9,7 +9,7 @@ Letters: B rows of a micro-batch, T tokens a row, S = B * T + 1.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,8 +22,8 @@ from megagpt.data.pack import Sequences, open_sequences
 from megagpt.data.prefetch import Prefetched
 from megagpt.errors import UserError
 
-Row = tuple[Sequences, int]  # a sequence, by its number
-_ORDER_AHEAD = 4096  # positions that are ordered in one call, which costs 0.5 ms at least
+Row = tuple[Sequences, int]  # a sequence of a split, by its number
+_ORDER_AHEAD = 1 << 14  # positions that are ordered in one call, which costs 0.5 ms at least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,17 +43,19 @@ class Layout:
     def batch(self, rows: Sequence[Row | None], samples_B: np.ndarray) -> Batch:
         """The micro-batch of these rows; None is a row of padding."""
         B, T = len(rows), self.context
-        rows_BT1 = np.full((B, T + 1), self.end_of_text, dtype=self.dtype)
+        rows_BT1 = np.empty((B, T + 1), dtype=self.dtype)
         filled = [0 if row is None else row[0].fill(row[1], rows_BT1[b]) for b, row in enumerate(rows)]
-        tokens_BT = rows_BT1[:, :-1].astype(np.int64)
-        targets_BT = rows_BT1[:, 1:].astype(np.int64)
-        for b, size in enumerate(filled):
+        short = [(b, size) for b, size in enumerate(filled) if size <= T]
+        for b, size in short:
+            rows_BT1[b, size:] = self.end_of_text
+        tokens_BT, targets_BT = rows_BT1[:, :-1].astype(np.int64), rows_BT1[:, 1:].astype(np.int64)
+        for b, size in short:
             targets_BT[b, max(size - 1, 0) :] = IGNORE
         cu_seqlens_S = None
         if self.document_mask or self.packing == "best_fit":
-            seams = [_NO_SEAMS if row is None else row[0].seams(row[1]) for row in rows]
-            for b, seam in enumerate(seams):
-                targets_BT[b, seam - 1] = IGNORE
+            seams = [[] if row is None else row[0].seams(row[1]) for row in rows]
+            untold = [b * T + seam - 1 for b in range(B) for seam in seams[b]]
+            targets_BT.reshape(-1)[untold] = IGNORE
             if self.document_mask:
                 cu_seqlens_S = torch.from_numpy(_cu_seqlens(seams, filled, T))
         return Batch(
@@ -64,19 +66,16 @@ class Layout:
         )
 
 
-_NO_SEAMS = np.zeros(0, np.int64)
-
-
-def _cu_seqlens(seams: list[np.ndarray], filled: list[int], T: int) -> np.ndarray:
+def _cu_seqlens(seams: list[list[int]], filled: list[int], T: int) -> np.ndarray:
     """Document boundaries over the flattened rows, int32 [S]; a row's padding is a document of its own."""
-    B = len(seams)
-    cu_seqlens_S = np.full(B * T + 1, B * T, dtype=np.int32)
-    used = 0
-    for b, (seam, size) in enumerate(zip(seams, filled, strict=True)):
-        inside = seam[:-1] if len(seam) and seam[-1] == T else seam
-        starts = [0, *inside.tolist(), size] if 0 < size < T else [0, *inside.tolist()]
-        cu_seqlens_S[used : used + len(starts)] = np.array(starts) + b * T
-        used += len(starts)
+    starts = []
+    for b, (row, size) in enumerate(zip(seams, filled, strict=True)):
+        starts.append(b * T)
+        starts += [b * T + seam for seam in row if seam < T]
+        if 0 < size < T:
+            starts.append(b * T + size)
+    cu_seqlens_S = np.full(len(seams) * T + 1, len(seams) * T, dtype=np.int32)
+    cu_seqlens_S[: len(starts)] = starts
     return cu_seqlens_S
 
 
@@ -89,14 +88,41 @@ def train_batches(
     data_rank: int,
     data_ranks: int,
     document_mask: bool,
-    prefetch: int,
     pin: bool,
+    prefetch: int,
 ) -> Prefetched[list[Batch]]:
-    """Endless steps from `cursor` on, each the micro-batches of this data rank; close() it at the end.
+    """`train_steps` through a thread that reads `prefetch` steps ahead; close() it at the end.
+
+    The thread's place is nobody's state: after a step the trainer goes on with cursor.advanced(its sequences).
+    """
+    steps = train_steps(
+        corpora,
+        cursor,
+        global_batch=global_batch,
+        micro_batch=micro_batch,
+        data_rank=data_rank,
+        data_ranks=data_ranks,
+        document_mask=document_mask,
+        pin=pin,
+    )
+    return Prefetched(steps, prefetch)
+
+
+def train_steps(
+    corpora: Sequence[Corpus],
+    cursor: Cursor,
+    *,
+    global_batch: Callable[[int], int],
+    micro_batch: int,
+    data_rank: int,
+    data_ranks: int,
+    document_mask: bool,
+    pin: bool,
+) -> Iterator[list[Batch]]:
+    """Endless steps from `cursor` on, each the list of this data rank's micro-batches.
 
     `global_batch` maps consumed sequences to the sequences of the step that begins there. `corpora` are matched to the
-    cursor's sources by fingerprint; context and packing are the cursor's. `prefetch` counts steps. The thread's place
-    is nobody's state: after a step the trainer goes on with cursor.advanced(sequences of the step).
+    cursor's sources by fingerprint; context and packing are the cursor's. `pin` puts batches in page-locked memory.
     Raises UserError if a corpus of the mixture is not among `corpora`; ValueError, from next(), if a step's sequences
     are not a multiple of micro_batch * data_ranks.
     """
@@ -104,17 +130,14 @@ def train_batches(
     layout = _layout(corpora[0], cursor.context, cursor.packing, document_mask=document_mask)
 
     def steps() -> Iterator[list[Batch]]:
-        for positions in _ordered(cursor, _shares(cursor.consumed, global_batch, micro_batch, data_rank, data_ranks)):
-            micro_batches = []
-            for first in range(0, len(positions.samples), micro_batch):
-                part = slice(first, first + micro_batch)
-                numbers = zip(positions.corpus[part].tolist(), positions.sequence[part].tolist(), strict=True)
-                rows = [(tables[corpus], sequence) for corpus, sequence in numbers]
-                batch = layout.batch(rows, positions.samples[part])
-                micro_batches.append(batch.pin_memory() if pin else batch)
-            yield micro_batches
+        for share in _ordered(cursor, _shares(cursor.consumed, global_batch, micro_batch, data_rank, data_ranks)):
+            batches = [
+                layout.batch(share.rows(tables, first, micro_batch), share.samples[first : first + micro_batch])
+                for first in range(0, len(share.samples), micro_batch)
+            ]
+            yield [batch.pin_memory() for batch in batches] if pin else batches
 
-    return Prefetched(steps(), prefetch)
+    return steps()
 
 
 def _layout(corpus: Corpus, context: int, packing: Packing, *, document_mask: bool) -> Layout:
@@ -142,12 +165,17 @@ def _open_sources(corpora: Sequence[Corpus], cursor: Cursor) -> dict[int, Sequen
 
 
 @dataclass(frozen=True)
-class _Positions:
+class _Share:
     """A rank's part of a step: where in the stream, and what lies there."""
 
     samples: np.ndarray
     corpus: np.ndarray
     sequence: np.ndarray
+
+    def rows(self, tables: Mapping[int, Sequences], first: int, count: int) -> list[Row]:
+        part = slice(first, first + count)
+        numbers = zip(self.corpus[part].tolist(), self.sequence[part].tolist(), strict=True)
+        return [(tables[corpus], sequence) for corpus, sequence in numbers]
 
 
 def _shares(
@@ -165,7 +193,7 @@ def _shares(
         consumed += size
 
 
-def _ordered(cursor: Cursor, shares: Iterator[np.ndarray]) -> Iterator[_Positions]:
+def _ordered(cursor: Cursor, shares: Iterator[np.ndarray]) -> Iterator[_Share]:
     """What lies at the positions of each step, ordered for many steps in one call."""
     for first in shares:
         ahead, size = [first], len(first)
@@ -176,7 +204,7 @@ def _ordered(cursor: Cursor, shares: Iterator[np.ndarray]) -> Iterator[_Position
         stop = 0
         for samples in ahead:
             start, stop = stop, stop + len(samples)
-            yield _Positions(samples, corpus[start:stop], sequence[start:stop])
+            yield _Share(samples, corpus[start:stop], sequence[start:stop])
 
 
 def heldout_batches(

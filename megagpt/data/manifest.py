@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megagpt.data.files import canonical_json, sha256, write_atomically
 from megagpt.data.shards import ShardEntry
+from megagpt.data.tables import canonical_json, sha256_of
 from megagpt.errors import UserError
+from megagpt.files import write_whole
 
 FORMAT = "megagpt corpus 1"
 SPLITS = ("train", "heldout")
@@ -61,7 +62,7 @@ class Manifest:
         return {"format": FORMAT, **json.loads(canonical_json(dataclasses.asdict(self)))}
 
     def fingerprint(self) -> str:
-        return sha256(canonical_json(self.body()))
+        return sha256_of(canonical_json(self.body()))
 
     def shards_of(self, split: str) -> tuple[ShardEntry, ...]:
         return tuple(entry for entry in self.shards if entry.split == split)
@@ -70,7 +71,7 @@ class Manifest:
 def save_manifest(folder: Path, manifest: Manifest) -> None:
     """Commit the corpus in `folder`."""
     content = {"fingerprint": manifest.fingerprint(), **manifest.body()}
-    write_atomically(folder / "manifest.json", (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+    write_whole(folder / "manifest.json", (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def load_manifest(folder: Path) -> Manifest:
@@ -88,7 +89,7 @@ def load_manifest(folder: Path) -> Manifest:
         raise UserError(
             f"{path} is of the format '{found}'; this megagpt reads '{FORMAT}'.", "Build the corpus again."
         )
-    if sha256(canonical_json(content)) != fingerprint:
+    if sha256_of(canonical_json(content)) != fingerprint:
         rule = f"{path} was changed after it was written: its fingerprint {fingerprint[:12]} does not match."
         raise UserError(rule, "Restore the file, or build the corpus again; no field of it is for editing.")
     try:

@@ -6,7 +6,7 @@ best_fit  Documents of up to T tokens stay whole. A longer one gives full sequen
           the document's next token) and a remainder. Whole documents and remainders are the pieces that fill the
           other sequences, longest first, each into the fullest sequence that has room, the oldest of equals
           (best-fit-decreasing; Ding et al. 2024, arXiv:2404.10830). Every token is an input exactly once.
-The plan of best_fit is a table beside the corpus (files.py), `SPLIT.best_fit-T.plan`; R sequences, P pieces:
+The plan of best_fit is a table beside the corpus (tables.py), `SPLIT.best_fit-T.plan`; R sequences, P pieces:
     row_first    int64  [R+1]  pieces before each sequence
     piece_start  int64  [P]    position of the piece's first token in the split
     piece_length uint32 [P]    its tokens; T + 1 for a full sequence whose document goes on
@@ -17,16 +17,18 @@ Cost: 12 bytes a piece; planning about 2 million documents a second, in windows 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from megagpt.data.corpus import Corpus, Split, open_corpus
-from megagpt.data.files import read_table, table_bytes, write_atomically
 from megagpt.data.order import Packing, Source
+from megagpt.data.tables import read_table, table_bytes
+from megagpt.files import write_whole
 
 _FORMAT = "megagpt best-fit plan 1"
 _WINDOW = 1 << 22
@@ -41,8 +43,8 @@ class Sequences(Protocol):
         """Write the sequence's tokens to the front of `row`; how many they are (T + 1 unless it is a short one)."""
         ...
 
-    def seams(self, sequence: int) -> np.ndarray:
-        """Indices into the row, above 0, at which another document begins: int64, ascending."""
+    def seams(self, sequence: int) -> list[int]:
+        """Indices into the row, above 0, at which another document begins, ascending."""
         ...
 
 
@@ -59,32 +61,31 @@ class Chunks:
         self.split.copy(start, row[:size])
         return size
 
-    def seams(self, sequence: int) -> np.ndarray:
+    def seams(self, sequence: int) -> list[int]:
         start = sequence * self.context
-        return self.split.seams(start, min(start + self.context + 1, self.split.tokens)) - start
+        return self.split.seams(start, min(start + self.context + 1, self.split.tokens))
 
 
 class BestFit:
     """Packing `best_fit`: whole documents, as the plan says."""
 
-    def __init__(self, split: Split, plan: dict[str, np.ndarray]) -> None:
+    def __init__(self, split: Split, plan: Mapping[str, np.ndarray]) -> None:
         self.split = split
-        self.row_first, self.piece_start, self.piece_length = (
-            plan[name] for name in ("row_first", "piece_start", "piece_length")
-        )
-        self.count = len(self.row_first) - 1
+        self.count = len(plan["row_first"]) - 1
+        self._row_first = plan["row_first"].data
+        self._piece_start = plan["piece_start"].data
+        self._piece_length = plan["piece_length"].data
 
     def fill(self, sequence: int, row: np.ndarray) -> int:
         at = 0
-        for piece in range(self.row_first[sequence], self.row_first[sequence + 1]):
-            length = int(self.piece_length[piece])
-            self.split.copy(int(self.piece_start[piece]), row[at : at + length])
+        pieces = slice(self._row_first[sequence], self._row_first[sequence + 1])
+        for start, length in zip(self._piece_start[pieces], self._piece_length[pieces], strict=True):
+            self.split.copy(start, row[at : at + length])
             at += length
         return at
 
-    def seams(self, sequence: int) -> np.ndarray:
-        first, last = self.row_first[sequence], self.row_first[sequence + 1]
-        return np.cumsum(self.piece_length[first : last - 1], dtype=np.int64)
+    def seams(self, sequence: int) -> list[int]:
+        return list(accumulate(self._piece_length[self._row_first[sequence] : self._row_first[sequence + 1] - 1]))
 
 
 def open_sequences(corpus: Corpus, split: str, *, context: int, packing: Packing) -> Sequences:
@@ -119,12 +120,12 @@ def _stored_plan(corpus: Corpus, split: str, tokens: Split, context: int) -> dic
         pass  # there is none yet, or it is a broken one: it is made below
     arrays = best_fit_plan(tokens, context)
     with suppress(OSError):  # in a corpus that cannot be written the plan lives in memory
-        write_atomically(path, table_bytes(arrays, metadata))
+        write_whole(path, table_bytes(arrays, metadata))
     return arrays
 
 
 def verify_plans(folder: Path, *, repair: bool) -> list[str]:
-    """Make every plan beside a corpus again and compare; what differs, a sentence each. `repair` writes those again."""
+    """Make each plan beside a corpus again and compare; what differs, a sentence each. `repair` writes it again."""
     corpus = open_corpus(folder)
     problems = []
     for path in sorted(folder.glob("*.best_fit-*.plan")):
@@ -134,7 +135,7 @@ def verify_plans(folder: Path, *, repair: bool) -> list[str]:
         if path.read_bytes() == content:
             continue
         if repair:
-            write_atomically(path, content)
+            write_whole(path, content)
         else:
             problems.append(f"{path} is not this corpus's plan; --repair makes it again.")
     return problems

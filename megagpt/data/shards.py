@@ -4,7 +4,7 @@ Tar (USTAR, uncompressed, times and owners fixed): for block 0, 1, ... the membe
     {block:09d}.doclens.npy   uint32 [documents of the block]: tokens of each, its end of text included
     {block:09d}.tokens.npy    uint16 or uint32 [tokens of the block]: the documents end to end
 A block holds whole documents, up to `block_tokens` tokens; a longer document has a block of its own.
-Index (a table, see files.py) `X.index` beside `X.tar`; n blocks, m documents, positions count tokens of the shard:
+Index (a table, see tables.py) `X.index` beside `X.tar`; n blocks, m documents, positions count tokens of the shard:
     block_offset   int64  [n]     byte offset in the tar of the block's first token
     block_start    int64  [n+1]   tokens before each block; the last entry is the shard's tokens
     block_document int64  [n+1]   documents before each block
@@ -20,6 +20,7 @@ import hashlib
 import io
 import tarfile
 import zlib
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,7 +30,8 @@ from typing import BinaryIO, cast
 import numpy as np
 from webdataset.writer import TarWriter
 
-from megagpt.data.files import atomic_file, read_table, sha256, table_bytes, write_atomically
+from megagpt.data.tables import read_table, sha256_of, table_bytes
+from megagpt.files import whole, write_whole
 
 BLOCK_TOKENS = 1 << 16
 _FORMAT = "megagpt index 1"
@@ -106,7 +108,7 @@ class ShardWriter:
     def entry(self, folder: Path, name: str, split: str) -> ShardEntry:
         """Write the index of the finished tar, and describe both."""
         index = _index_bytes(self._blocks, self.dtype)
-        write_atomically(folder / f"{name}.index", index)
+        write_whole(folder / f"{name}.index", index)
         return ShardEntry(
             name=name,
             split=split,
@@ -116,14 +118,14 @@ class ShardWriter:
             tar_bytes=self._tee.size,
             tar_sha256=self._tee.digest.hexdigest(),
             index_bytes=len(index),
-            index_sha256=sha256(index),
+            index_sha256=sha256_of(index),
         )
 
 
 @contextmanager
 def open_shard(folder: Path, name: str, *, dtype: np.dtype, block_tokens: int) -> Iterator[ShardWriter]:
     """Write folder/NAME.tar: whole when the context closes, absent when it fails."""
-    with atomic_file(folder / f"{name}.tar") as file:
+    with whole(folder / f"{name}.tar") as temporary, temporary.open("wb") as file:
         writer = ShardWriter(file, dtype=dtype, block_tokens=block_tokens)
         yield writer
         writer.finish()
@@ -188,32 +190,36 @@ def _load(archive: tarfile.TarFile, member: tarfile.TarInfo, suffix: str) -> np.
 
 
 class Shard:
-    """An open shard: its tokens as one row, with the seams between blocks hidden."""
+    """An open shard: its tokens as one row, with the seams between blocks hidden.
+
+    Its small tables are memory views: bisect on one is five times faster than numpy's searchsorted for one number.
+    """
 
     def __init__(self, folder: Path, entry: ShardEntry, dtype: np.dtype) -> None:
-        self.entry = entry
         index = _checked_index(folder, entry, dtype)
-        self.block_offset, self.block_start = index["block_offset"], index["block_start"]
-        self.block_crc32, self.document_end = index["block_crc32"], index["document_end"]
-        self.block_document = index["block_document"]
+        self.document_ends = index["document_end"].data
+        self.block_crc32 = index["block_crc32"]
+        self._block_start = index["block_start"].data
+        self._first = (index["block_offset"] // dtype.itemsize).data
         # A plain view: slicing np.memmap itself is four times slower. Payloads are 64-byte aligned.
         self._content = np.memmap(folder / f"{entry.name}.tar", dtype=dtype, mode="r").view(np.ndarray)
-        self._first = self.block_offset // dtype.itemsize
 
     def copy(self, start: int, out: np.ndarray) -> None:
         """out[:] = the shard's tokens from `start` on."""
-        done, block = 0, int(self.block_start.searchsorted(start, "right")) - 1
-        while done < len(out):
-            skipped = start + done - int(self.block_start[block])
-            size = min(len(out) - done, int(self.block_start[block + 1]) - start - done)
-            first = int(self._first[block]) + skipped
-            out[done : done + size] = self._content[first : first + size]
-            done, block = done + size, block + 1
+        while True:
+            block = bisect_right(self._block_start, start) - 1
+            here = self._block_start[block + 1] - start
+            first = self._first[block] + start - self._block_start[block]
+            if here >= len(out):
+                out[:] = self._content[first : first + len(out)]
+                return
+            out[:here] = self._content[first : first + here]
+            start, out = start + here, out[here:]
 
     def bad_blocks(self) -> Iterator[int]:
         """Blocks whose tokens do not have the crc32 that the index gives."""
         for block, (first, crc32) in enumerate(zip(self._first, self.block_crc32, strict=True)):
-            size = int(self.block_start[block + 1] - self.block_start[block])
+            size = self._block_start[block + 1] - self._block_start[block]
             if zlib.crc32(self._content[first : first + size].tobytes()) != crc32:
                 yield block
 
@@ -221,7 +227,7 @@ class Shard:
 def _checked_index(folder: Path, entry: ShardEntry, dtype: np.dtype) -> Mapping[str, np.ndarray]:
     """The index, after its hash: a flipped bit in it would silently move every token after it."""
     path = folder / f"{entry.name}.index"
-    if sha256(path.read_bytes()) != entry.index_sha256:
+    if sha256_of(path.read_bytes()) != entry.index_sha256:
         raise ValueError(f"{path} is not the index that the manifest describes")
     arrays, metadata = read_table(path)
     if metadata != {"format": _FORMAT, "dtype": dtype.name}:

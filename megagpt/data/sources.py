@@ -32,6 +32,7 @@ _JSONL = (".jsonl", ".ndjson")
 _TEXT = (".txt", ".md", ".rst", ".py")
 _EXPANSION = 4  # bytes of text that a byte of .gz or .zst holds, roughly: only for progress and balance
 _PARQUET_ROWS = 1024
+_INPUTS = "Name files, folders, or globs in quotes, such as 'corpus/**/*.jsonl.zst'."
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ class Document(NamedTuple):
 
 def find_files(inputs: Sequence[str]) -> list[str]:
     """Files that `inputs` (files, folders, globs) name, in order, each once. Raises UserError if one has none."""
+    if not inputs:
+        raise UserError("no input is named.", _INPUTS)
     found: dict[str, None] = {}
     for name in inputs:
         if Path(name).is_dir():
@@ -66,7 +69,7 @@ def find_files(inputs: Sequence[str]) -> list[str]:
             matches = sorted(path for path in found_names if Path(path).is_file())
             rule = f"no file matches '{name}'."
         if not matches:
-            raise UserError(rule, "Name files, folders, or globs in quotes, such as 'corpus/**/*.jsonl.zst'.")
+            raise UserError(rule, _INPUTS)
         found.update(dict.fromkeys(matches))
     return list(found)
 

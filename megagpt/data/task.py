@@ -20,12 +20,13 @@ from types import TracebackType
 import numpy as np
 
 from megagpt.data import sources
-from megagpt.data.files import canonical_json, write_atomically
 from megagpt.data.manifest import SPLITS, Counts
 from megagpt.data.shards import BLOCK_TOKENS, ShardEntry, ShardWriter, open_shard
 from megagpt.data.sources import Slice
+from megagpt.data.tables import canonical_json
 from megagpt.data.tokenizer import Tokenizer, parse_tokenizer
 from megagpt.data.workers import Report
+from megagpt.files import write_whole
 
 PREPARATION = ".build"
 _SHARD_TOKENS = 1 << 27
@@ -95,7 +96,7 @@ def run_task(job: Job, task: tuple[int, Sequence[Slice]], report: Report) -> Non
         "counts": {split: dataclasses.asdict(writers[split].counts()) for split in SPLITS},
         "shards": [dataclasses.asdict(entry) for split in SPLITS for entry in writers[split].entries],
     }
-    write_atomically(_marker(job.out, number), canonical_json(result))
+    write_whole(_marker(job.out, number), canonical_json(result))
 
 
 def _marker(out: Path, number: int) -> Path:

@@ -17,7 +17,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from megagpt.data.files import canonical_json, sha256
+from megagpt.data.tables import canonical_json, sha256_of
 from megagpt.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -36,7 +36,7 @@ class Tokenizer:
 
     def sha256(self) -> str:
         """Hash of the definition's canonical JSON: layout and order of keys in the file do not matter."""
-        return sha256(canonical_json(json.loads(self.definition)))
+        return sha256_of(canonical_json(json.loads(self.definition)))
 
     def dtype(self) -> np.dtype:
         """The smallest unsigned type that holds every id."""

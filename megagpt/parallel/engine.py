@@ -12,6 +12,8 @@ clipping by it happens in AdamW's hook, the same on every ZeRO stage and layout.
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -63,10 +65,11 @@ class Engine:
         part = _part(run, mesh, self.groups, config, self.device)
         self.placed = part.placed
         optimizer = _adamw(part.placed, run.optim, self._clip)
-        if mesh.pipeline > 1:
-            self._driver = Pipeline(part, run.model, mesh, self.groups, config=config, optimizer=optimizer)
-        else:
-            self._driver = Whole(part.gpt(), mesh, self.groups, config=config, optimizer=optimizer)
+        with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints reports that nobody asked for
+            if mesh.pipeline > 1:
+                self._driver = Pipeline(part, run.model, mesh, self.groups, config=config, optimizer=optimizer)
+            else:
+                self._driver = Whole(part.gpt(), mesh, self.groups, config=config, optimizer=optimizer)
         self._engine = self._driver.engine
         state.create(self._engine)
 
@@ -90,7 +93,7 @@ class Engine:
             loss=float(self._over_replicas(loss_sum) / tokens),
             grad_norm=self._clip.norm,
             tokens=int(tokens),
-            skipped=bool(getattr(self._engine.optimizer, "overflow", False)),
+            skipped=self._engine.fp16_enabled() and bool(self._engine.optimizer.overflow),
             loss_scale=loss_scale,
         )
 

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: atomic writes, hashes, and the small binary tables beside the shards.
+"""Small binary tables beside the shards, and the JSON that hashes are taken of.
 
 A table is a safetensors file (huggingface.co/docs/safetensors, format) with one metadata key, `megagpt`, that holds
 canonical JSON. Tables are read through a memory map: opening one costs its header, whatever its size.
@@ -8,53 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import secrets
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import save
 
-_DTYPES = {"U8": np.uint8, "I64": np.int64, "U16": np.uint16, "U32": np.uint32}
-
-
-@contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a file for writing that appears under its name only once it is complete and on the disk."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    with atomic_file(path) as file:
-        file.write(content)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the renames inside `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def remove_temporaries(folder: Path) -> None:
-    """Delete what killed writers left behind in `folder`."""
-    for leftover in folder.glob(".*.tmp"):
-        leftover.unlink(missing_ok=True)
+_DTYPES = {"I64": np.int64, "U32": np.uint32}
 
 
 def canonical_json(value: Any) -> bytes:
@@ -62,16 +23,8 @@ def canonical_json(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
 
-def sha256(content: bytes) -> str:
+def sha256_of(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
-
-
-def sha256_of_file(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def table_bytes(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> bytes:
