@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,7 +62,7 @@ class Engine:
         self._shapes = whole_shapes(run.model)
         self._clip = _Clip(run.optim)
         config = deepspeed_config(run)
-        part = _part(run, mesh, self.groups, config, self.device)
+        self._part = part = _part(run, mesh, self.groups, config, self.device)
         self.placed = part.placed
         optimizer = _adamw(part.placed, run.optim, self._clip)
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints reports that nobody asked for
@@ -73,10 +73,18 @@ class Engine:
         self._engine = self._driver.engine
         state.create(self._engine)
 
-    def train_batch(self, micro_batches: Sequence[Batch], *, lr: float, count: int | None = None) -> Step:
+    def train_batch(
+        self,
+        micro_batches: Sequence[Batch],
+        *,
+        lr: float,
+        count: int | None = None,
+        observe: Callable[[list[state.Gradient]], None] | None = None,
+    ) -> Step:
         """One optimizer step on this replica's micro-batches, of which there is at least one. Every rank must call it.
 
-        A rank for which `mesh.reads_data` is false passes none, and their number as `count`.
+        A rank for which `mesh.reads_data` is false passes none, and their number as `count`. `observe` gets the
+        gradients that this rank answers for, before clipping.
         """
         batches = [batch.to(self.device) for batch in micro_batches]
         tokens = self._over_replicas(sum((_targets(batch) for batch in batches), self._zero()))
@@ -87,7 +95,7 @@ class Engine:
             batches,
             count or len(batches),
             scale=own_scale * self.mesh.data / float(tokens),
-            before_step=lambda: self._clip.prepare(self._grad_norm(loss_scale)),
+            before_step=lambda: self._before_step(loss_scale, observe),
         )
         return Step(
             loss=float(self._over_replicas(loss_sum) / tokens),
@@ -104,6 +112,12 @@ class Engine:
         if self.mesh.pipeline > 1:
             dist.all_reduce(loss, group=self.groups.pipeline)  # 0 on all stages but the last
         return loss
+
+    def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """The modules of this rank's stage by their names in the whole model, in forward order."""
+        names = ["embedding", *(f"blocks.{layer}" for layer in range(len(self._part.layers) - 2)), "head"]
+        for index in range(self._part.first, self._part.stop):
+            yield from self._part.layers[index].named_modules(prefix=names[index])
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of the whole model's parameters, by global name, in forward order."""
@@ -134,14 +148,21 @@ class Engine:
         dist.all_reduce(value)
         return value
 
-    def _grad_norm(self, loss_scale: float) -> float:
-        """The global norm of the mean gradient: every element of the model once."""
+    def _before_step(self, loss_scale: float, observe: Callable[[list[state.Gradient]], None] | None) -> None:
+        """With the gradients complete, and before DeepSpeed uses them: their global norm, for the clipping."""
         found = state.gradients(self._engine, self.placed, self.mesh)
-        norms = torch._foreach_norm([gradient for _, _, gradient in found], dtype=torch.float32) if found else []
-        total = torch.stack(norms).double().square().sum() if norms else self._zero()
-        total = total.to(self.device)
+        if observe is not None:
+            observe(found)
+        self._clip.prepare(self.global_norm([gradient for _, _, gradient in found]) / loss_scale)
+
+    def global_norm(self, gradients: Sequence[Tensor]) -> float:
+        """The norm of all ranks' tensors together, each of which is a part of the model that no other rank has."""
+        total = self._zero()
+        if gradients:
+            norms = torch._foreach_norm(list(gradients), dtype=torch.float32)
+            total = torch.stack(norms).double().square().sum().to(self.device)
         dist.all_reduce(total)
-        return float(total.sqrt()) / loss_scale
+        return float(total.sqrt())
 
 
 class _Clip:

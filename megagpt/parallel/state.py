@@ -27,6 +27,10 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
+Gradient = tuple[str, Box, Tensor]
+"""A parameter's global name, a box of it, and the gradient of that box."""
+
+
 @dataclass(frozen=True)
 class Slice:
     """One box of a whole parameter: its fp32 master and both moments, each of the box's size."""
@@ -82,7 +86,7 @@ def owned(engine: Any, placed: Sequence[Placed], mesh: Mesh) -> list[Slice]:
     return [part for part, owned in _slices(ranges) if owned]
 
 
-def gradients(engine: Any, placed: Sequence[Placed], mesh: Mesh) -> list[tuple[Placed, Box, Tensor]]:
+def gradients(engine: Any, placed: Sequence[Placed], mesh: Mesh) -> list[Gradient]:
     """The reduced gradients of what this rank owns, with fp16's loss scale, between the last backward and the step."""
     found = []
     for parameter in placed:
@@ -93,7 +97,7 @@ def gradients(engine: Any, placed: Sequence[Placed], mesh: Mesh) -> list[tuple[P
             part = part.share(mesh)
         for piece in parameter.pieces_of(part.start, part.tensors[0].numel()):
             if piece.owned:
-                found.append((parameter, piece.whole, piece.view(part.tensors[0])))
+                found.append((parameter.name, piece.whole, piece.view(part.tensors[0])))
     return found
 
 

@@ -1,0 +1,1 @@
+def plant(*a): pass
