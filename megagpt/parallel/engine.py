@@ -28,7 +28,7 @@ from megagpt.mesh import Groups, Mesh, groups_of
 from megagpt.parallel import ranks, state
 from megagpt.parallel.pipeline import Pipeline, stage_bounds
 from megagpt.parallel.place import Part, Placed, part_of, whole_shapes
-from megagpt.parallel.whole import Whole
+from megagpt.parallel.whole import Axes, Whole
 from megagpt.parallel.zero import deepspeed_config
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -204,7 +204,8 @@ def _part(run: Run, mesh: Mesh, groups: Groups, config: dict[str, Any], device: 
         deepspeed = ranks.import_deepspeed()
 
         def finish(layer: nn.Module) -> None:  # a dtype argument would turn fp32 into bf16 on a CPU
-            deepspeed.zero.Init(module=layer, config_dict_or_path=config, data_parallel_group=groups.data)
+            axes = Axes(mesh, groups)
+            deepspeed.zero.Init(module=layer, config_dict_or_path=config, data_parallel_group=groups.data, mpu=axes)
 
     return part_of(run, mesh, groups, bounds=stage_bounds(run.model, mesh.pipeline), make=make, finish=finish)
 

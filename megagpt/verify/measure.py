@@ -29,7 +29,7 @@ def measure(run: Run, folder: Path, fault: str | None) -> None:
     ranks.join(world=run.parallel.world_size())
     mesh = mesh_of(run.parallel, ranks.rank())
     if fault is not None:
-        faults.plant(fault, mesh, run)
+        faults.plant(fault, mesh)
     engine = Engine(run, mesh)
     _start(engine, run)
     notes = _Notes()
