@@ -85,6 +85,11 @@ def mesh_of(parallel: Parallel, rank: int) -> Mesh:
     )
 
 
+def mesh_like(mesh: Mesh, rank: int) -> Mesh:
+    """The place of another rank of the same grid."""
+    return mesh_of(Parallel(data=mesh.data, pipeline=mesh.pipeline, tensor=mesh.tensor), rank)
+
+
 @dataclass(frozen=True)
 class Groups:
     """The process groups that one rank belongs to, one an axis, and two more."""

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from megagpt.config import Optim, Run
 from megagpt.data.batch import IGNORE, Batch
 from megagpt.mesh import Groups, Mesh, groups_of
-from megagpt.parallel import ranks, state
+from megagpt.parallel import guard, ranks, state
 from megagpt.parallel.pipeline import Pipeline, stage_bounds
 from megagpt.parallel.place import Part, Placed, part_of, whole_shapes
 from megagpt.parallel.whole import Axes, Whole
@@ -60,6 +60,7 @@ class Engine:
         self.groups = groups_of(mesh)
         self.device = torch.device("cuda", torch.cuda.current_device()) if ranks.gpu_present() else torch.device("cpu")
         self._shapes = whole_shapes(run.model)
+        self._tied = run.model.tied
         self._clip = _Clip(run.optim)
         config = deepspeed_config(run)
         self._part = part = _part(run, mesh, self.groups, config, self.device)
@@ -112,6 +113,12 @@ class Engine:
         if self.mesh.pipeline > 1:
             dist.all_reduce(loss, group=self.groups.pipeline)  # 0 on all stages but the last
         return loss
+
+    def check_agreement(self, micro_batches: Sequence[Batch]) -> None:
+        """Raise UserError on every rank unless ranks that must read the same, or hold the same weights, do."""
+        guard.check_batches(micro_batches, self.mesh, self.device)
+        stage = self._engine.zero_optimization_stage()
+        guard.check_weights(self.placed, self.mesh, self.groups, zero_stage=stage, tied=self._tied)
 
     def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
         """The modules of this rank's stage by their names in the whole model, in forward order."""

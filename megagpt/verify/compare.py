@@ -6,7 +6,8 @@ at most a constant and adds its own, u = 2^-24 being fp32's unit roundoff. With 
 
     activation of layer d (from 0)       k C^(d + 1) u
     gradient of layer d of L + 2         k C^(L + 2) u (2 - d / (L + 2))       through all layers, and back to d
-    weights and moments, three steps     twice that: Adam's quotient is harmless where its eps is large
+    moments, after three steps           twice that: Adam's quotient is harmless where its eps is large
+    weights, after three steps           k (L + 2) u: steps move them by a small share of themselves
     loss; gradient norm                  2 k (L + 2) u; twice that after the first step
 
 docs/parallel.md shows the errors measured: a quarter of the bound at most, while the faults are off by 1e-3 and more.
@@ -96,8 +97,8 @@ def bound(run: Run, kind: str, name: str) -> float:
     layer = _layer_of(name, layers)
     if kind == "activation":
         return K * C ** (layer + 1) * UNIT
-    if kind in ("loss", "norm"):
-        return 2 * K * layers * UNIT
+    if kind in ("loss", "norm", "weight"):
+        return K * layers * UNIT * (1 if kind == "weight" else 2)
     return K * C**layers * (2 - layer / layers) * UNIT * (1 if kind == "gradient" else LATER)
 
 
