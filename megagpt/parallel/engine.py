@@ -159,7 +159,7 @@ class Engine:
         """With the gradients complete, and before DeepSpeed uses them: their global norm, for the clipping."""
         found = state.gradients(self._engine, self.placed, self.mesh)
         if observe is not None:
-            observe(found)
+            observe([(name, box, gradient / loss_scale) for name, box, gradient in found])
         self._clip.prepare(self.global_norm([gradient for _, _, gradient in found]) / loss_scale)
 
     def global_norm(self, gradients: Sequence[Tensor]) -> float:
@@ -204,7 +204,10 @@ def _part(run: Run, mesh: Mesh, groups: Groups, config: dict[str, Any], device: 
     dtype = DTYPES[run.train.precision]
 
     def make(value: Tensor) -> nn.Parameter:
-        return nn.Parameter(value.to(device=device, dtype=dtype))
+        parameter = nn.Parameter(value.to(device=device, dtype=dtype))
+        # DeepSpeed's own norm, which nothing uses, leaves others out, and BF16_Optimizer fails where none is left.
+        parameter.model_parallel = True  # pyright: ignore[reportAttributeAccessIssue]
+        return parameter
 
     finish: Callable[[nn.Module], None] = _leave
     if run.parallel.zero_stage == 3:

@@ -81,19 +81,19 @@ def held(engine: Any, placed: Sequence[Placed]) -> list[Slice]:
 def owned(engine: Any, placed: Sequence[Placed], mesh: Mesh) -> list[Slice]:
     """What this rank saves: of what it holds, its share of whatever other ranks hold as well."""
     ranges = _ranges(engine, placed)
-    if engine.zero_optimization_stage() == 0:
+    if cut_like(engine) == 0:
         ranges = (part.share(mesh) for part in ranges)
     return [part for part, owned in _slices(ranges) if owned]
 
 
 def gradients(engine: Any, placed: Sequence[Placed], mesh: Mesh) -> list[Gradient]:
-    """The reduced gradients of what this rank owns, with fp16's loss scale, between the last backward and the step."""
+    """The reduced gradients of what this rank owns, times fp16's loss scale, between the last backward and the step."""
     found = []
     for parameter in placed:
         part = _gradient(engine, parameter)
         if part is None:
             continue
-        if engine.zero_optimization_stage() == 0:
+        if cut_like(engine) == 0:
             part = part.share(mesh)
         for piece in parameter.pieces_of(part.start, part.tensors[0].numel()):
             if piece.owned:
@@ -136,6 +136,11 @@ def adamw(engine: Any) -> torch.optim.Optimizer:
     return optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer.optimizer
 
 
+def cut_like(engine: Any) -> int:
+    """The ZeRO stage by which DeepSpeed has cut the state: 1 also for a bf16 pipeline with ZeRO 0."""
+    return engine.zero_optimization_stage() or int(hasattr(engine.optimizer, "fp32_groups_flat_partition"))
+
+
 def accumulated_gradient(engine: Any, parameter: Any) -> Tensor:
     """Where DeepSpeed adds up a parameter's gradient over the micro-batches of a pipeline."""
     if hasattr(parameter, "_hp_grad"):  # BF16_Optimizer
@@ -155,7 +160,7 @@ def _slices(ranges: Iterator[_Range]) -> Iterator[tuple[Slice, bool]]:
 
 def _ranges(engine: Any, placed: Sequence[Placed]) -> Iterator[_Range]:
     """Master and moments of each parameter, as far as this rank has them."""
-    find = {0: _whole, 1: _flat_partition, 2: _flat_partition, 3: _shard}[engine.zero_optimization_stage()]
+    find = {0: _whole, 1: _flat_partition, 2: _flat_partition, 3: _shard}[cut_like(engine)]
     found = (find(engine, parameter) for parameter in placed)
     return (part for part in found if part is not None)
 
@@ -216,7 +221,7 @@ def _shard_range(parameter: Any) -> tuple[int, int]:
 
 def _gradient(engine: Any, placed: Placed) -> _Range | None:
     parameter: Any = placed.parameter
-    stage = engine.zero_optimization_stage()
+    stage = cut_like(engine)
     if stage == 0:
         return None if parameter.grad is None else _Range(placed, 0, (parameter.grad.view(-1),))
     if stage == 3:
@@ -234,7 +239,7 @@ def _gradient(engine: Any, placed: Placed) -> _Range | None:
 
 
 def _weights_from_masters(engine: Any, placed: Sequence[Placed]) -> None:
-    optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
+    optimizer, stage = engine.optimizer, cut_like(engine)
     if stage == 3:
         for group in range(len(optimizer.fp16_groups)):
             optimizer._reassign_or_swap_out_partitioned_parameters(group)

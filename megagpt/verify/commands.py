@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
-import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import tyro
@@ -19,9 +16,7 @@ import tyro
 from megagpt import config
 from megagpt.checks import checked_layout
 from megagpt.errors import UserError
-
-KINDS = {"activation": "outputs", "loss": "loss", "gradient": "gradients", "norm": "norm", "weight": "weights"}
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from megagpt.verify.trial import COLUMNS, Result, try_layout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,18 +37,6 @@ class Verify:
     """Plant a fault, to see it caught: --inject list names them, all tries each."""
     json: bool = False
     """Print one JSON object instead of a table."""
-
-
-@dataclass(frozen=True)
-class Result:
-    """One layout's comparison."""
-
-    layout: str
-    seconds: float
-    shares: dict[str, float]
-    """Of each kind the largest error over its bound."""
-    problem: str = ""
-    kind: str = ""
 
 
 def run_verify(options: Verify) -> int:
@@ -77,9 +60,9 @@ def run_verify(options: Verify) -> int:
     results = []
     if not options.json:
         print(f"{options.preset}, shrunk: the largest error over its bound, by kind (1.00 is the bound)")
-        print(_row("layout", [*KINDS.values(), "moments", "seconds"]))
+        print(_row("layout", [*COLUMNS, "seconds"]))
     for layout in layouts:
-        results.append(_try(_run(preset, layout), str(layout), fault=None))
+        results.append(try_layout(_run(preset, layout), str(layout), fault=None))
         _say(results[-1], options)
     failed = [result for result in results if result.problem]
     if options.json:
@@ -105,51 +88,13 @@ def _try_faults(preset: config.Run, names: list[str], options: Verify) -> int:
         fault = faults.named(name)
         for word in options.layouts.replace(",", " ").split() or [fault.layout]:
             layout = parse(word)
-            result = _try(faults.fitting(_run(preset, layout), name), str(layout), fault=name)
+            result = try_layout(faults.fitting(_run(preset, layout), name), str(layout), fault=name)
             verdict = "caught and named" if result.kind == fault.kind else "NOT NAMED" if result.problem else "NOT CAUGHT"
             unnamed += [] if result.kind == fault.kind else [name]
             print(f"{name} ({fault.summary}): {verdict}")
             print(f"  {result.layout}: {result.problem or 'everything agrees'}")
             sys.stdout.flush()
     return 3 if unnamed else 1
-
-
-def _try(run: config.Run, layout: str, *, fault: str | None) -> Result:
-    """Compute the truth and the layout, and compare."""
-    import torch
-
-    from megagpt.parallel import ranks
-    from megagpt.verify.compare import findings
-    from megagpt.verify.diagnose import diagnose
-    from megagpt.verify.measure import measure
-    from megagpt.verify.reference import compute
-
-    began = time.perf_counter()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # ranks are forked from this process, and a fork has no thread pool
-    try:
-        truth = compute(run)
-    finally:
-        torch.set_num_threads(threads)
-    with tempfile.TemporaryDirectory(prefix="megagpt-verify-") as name:
-        folder = Path(name)
-        status = ranks.run_local(lambda: measure(run, folder, fault), run.parallel.world_size())
-        if status:
-            return Result(layout, time.perf_counter() - began, {}, problem=f"a rank ended with status {status}")
-        found = findings(run, truth, folder)
-    shares = {name: max(item.error / item.bound for item in found if item.kind == kind) for kind, name in KINDS.items()}
-    shares["moments"] = max(item.error / item.bound for item in found if item.kind in MOMENTS)
-    diagnosis = diagnose(run, truth, found)
-    if diagnosis is None:
-        return Result(layout, time.perf_counter() - began, shares)
-    first = diagnosis.finding
-    worst = first.worst()
-    where = f" on {worst.mesh.describe()}" if worst else f": {first.note}" if first.note else ""
-    problem = (
-        f"first to differ: {first.kind} {first.name}{where}, off by {first.error:.2g} where rounding explains "
-        f"{first.bound:.2g}\n    looks like: {diagnosis.kind} ({diagnosis.words})"
-    )
-    return Result(layout, time.perf_counter() - began, shares, problem=problem, kind=diagnosis.kind)
 
 
 def _say(result: Result, options: Verify) -> None:
