@@ -1,5 +1,6 @@
 """Every rule that a run must obey, tried before any rank starts; each refusal names the setting, its value, the rule
-and what to do instead."""
+and what to do instead.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +55,7 @@ def _check_model(model: Model) -> None:
         )
     if model.positions == "rotary" and model.head_width() % 2:
         raise UserError(
-            f"model.positions = rotary needs an even head width, and model.width / model.heads is {model.head_width()}.",
+            f"model.positions = rotary needs an even head width; model.width / model.heads is {model.head_width()}.",
             "Change model.heads or model.width, or use model.positions learned.",
         )
     _between("model.dropout", model.dropout, 0, 1)
@@ -93,10 +94,10 @@ def _check_ramp(train: Train, parallel: Parallel) -> None:
             "Choose an increment that divides the difference.",
         )
     for name in ("ramp_start", "ramp_increment"):
-        if getattr(train, name) % group:
+        if (value := getattr(train, name)) % group:
             raise UserError(
-                f"train.{name} = {getattr(train, name)} is not a multiple of train.micro_batch x parallel.data = {group}.",
-                f"Nearest: {_multiples_near(getattr(train, name), group)}; or lower train.micro_batch.",
+                f"train.{name} = {value} is not a multiple of train.micro_batch x parallel.data = {group}.",
+                f"Nearest: {_multiples_near(value, group)}; or lower train.micro_batch.",
             )
 
 
@@ -135,7 +136,7 @@ def _check_parallel(parallel: Parallel, model: Model) -> None:
         )
     if parallel.offload and (parallel.zero_stage == 0 or parallel.pipeline > 1):
         raise UserError(
-            f"parallel.offload needs the optimizer's state cut by ZeRO and a model of one stage: parallel.zero_stage is "
+            "parallel.offload needs optimizer state cut by ZeRO and a model of one stage: parallel.zero_stage is "
             f"{parallel.zero_stage} and parallel.pipeline {parallel.pipeline}.",
             "Use parallel.zero_stage 1, 2 or 3 with parallel.pipeline 1, or no parallel.offload.",
         )
@@ -206,8 +207,8 @@ def costs_of(run: Run) -> list[str]:
     if micro_batches < parallel.pipeline:
         bubble = (parallel.pipeline - 1) / (micro_batches + parallel.pipeline - 1)
         found.append(
-            f"a step has {micro_batches} micro-batches for parallel.pipeline = {parallel.pipeline} stages, which are then "
-            f"idle {bubble:.0%} of the time; with train.micro_batch lower or train.global_batch higher it is less."
+            f"a step has {micro_batches} micro-batches for parallel.pipeline = {parallel.pipeline} stages, which are "
+            f"then idle {bubble:.0%} of the time; less with a lower train.micro_batch or a higher train.global_batch."
         )
     return found
 

@@ -56,11 +56,8 @@ def _split(words: list[str]) -> tuple[str, list[str]]:
     if group and (len(words) == 1 or words[1] in ("-h", "--help")):
         print(_help(group))
         raise SystemExit(0)
-    raise UserError(f"no command is called '{two if group else words[0]}'.{did_you_mean(two, COMMANDS)}", _usage())
-
-
-def _usage() -> str:
-    return "megagpt --help lists the commands."
+    name = two if group else words[0]
+    raise UserError(f"no command is called '{name}'.{did_you_mean(name, COMMANDS)}", "megagpt --help lists them all.")
 
 
 def _help(names: list[str] | None = None) -> str:
@@ -80,42 +77,40 @@ def _parse(kind: type[Options], name: str, words: list[str], default: Options | 
 
 
 def train(words: list[str]) -> int:
-    from megagpt.commands import Train, run_train, train_defaults
+    from megagpt.commands.train import Train, run_train, train_defaults
 
     if not words or words[0] in ("-h", "--help"):
         words = ["quickstart", *words]
     if words[0].startswith("-"):
-        raise UserError(f"megagpt train begins with a preset or a run.toml, not with {words[0]}.", _train_example())
+        raise UserError(
+            f"megagpt train begins with a preset or a run.toml, not with {words[0]}.", COMMANDS["train"].example
+        )
     preset, rest = words[0], words[1:]
     return run_train(_parse(Train, f"train {preset}", rest, train_defaults(preset)), preset=preset)
 
 
-def _train_example() -> str:
-    return COMMANDS["train"].example
-
-
 def evaluate(words: list[str]) -> int:
-    from megagpt.commands import Eval, run_eval
+    from megagpt.commands.evaluate import Eval, run_eval
 
     return run_eval(_parse(Eval, "eval", words))
 
 
 def generate(words: list[str]) -> int:
-    from megagpt.jobs import GenerateOptions, run_generate
+    from megagpt.commands.generate import Generate, run_generate
 
-    return run_generate(_parse(GenerateOptions, "generate", words))
+    return run_generate(_parse(Generate, "generate", words))
 
 
 def export(words: list[str]) -> int:
-    from megagpt.jobs import ExportOptions, run_export
+    from megagpt.commands.transfer import Export, run_export
 
-    return run_export(_parse(ExportOptions, "export", words))
+    return run_export(_parse(Export, "export", words))
 
 
 def import_(words: list[str]) -> int:
-    from megagpt.jobs import ImportOptions, run_import
+    from megagpt.commands.transfer import Import, run_import
 
-    return run_import(_parse(ImportOptions, "import", words))
+    return run_import(_parse(Import, "import", words))
 
 
 def verify(words: list[str]) -> int:
@@ -146,10 +141,9 @@ def data_verify(words: list[str]) -> int:
 
 
 def report(words: list[str]) -> int:
-    from megagpt.report.html import Report, run_report
+    from megagpt.report.commands import Report, run_report
 
-    run_report(_parse(Report, "report", words))
-    return 0
+    return run_report(_parse(Report, "report", words))
 
 
 def doctor(words: list[str]) -> int:
@@ -159,7 +153,7 @@ def doctor(words: list[str]) -> int:
 
 
 def demo(words: list[str]) -> int:
-    from megagpt.demo import Demo, run_demo
+    from megagpt.commands.demo import Demo, run_demo
 
     return run_demo(_parse(Demo, "demo", words))
 
@@ -176,7 +170,7 @@ COMMANDS = {
     "data build": Command(
         data_build,
         "tokenise Parquet, JSONL or text into a corpus of shards",
-        "megagpt data build corpora/web --input web/*.parquet --tokenizer tokenizer.json",
+        "megagpt data build web/*.parquet --out corpora/web --tokenizer tokenizer.json",
     ),
     "data inspect": Command(data_inspect, "what a corpus holds", "megagpt data inspect corpora/web"),
     "data verify": Command(data_verify, "check every hash of a corpus", "megagpt data verify corpora/web"),

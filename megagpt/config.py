@@ -196,8 +196,8 @@ class Train:
     guard_every: int = 100
     """Steps between two checks that ranks which must read the same batch, or hold the same weights, do; 0: none."""
 
-    def batch_at(self, tokens: int, context: int) -> int:
-        """Sequences of the step that starts after `tokens` tokens: the ramp is linear in tokens, in whole increments."""
+    def batch_at(self, tokens: int) -> int:
+        """Sequences of the step that begins after `tokens` tokens: the ramp is linear in tokens, in increments."""
         if self.ramp_start is None or tokens >= self.ramp_tokens:
             return self.global_batch
         increments = (self.global_batch - self.ramp_start) // self.ramp_increment
@@ -336,7 +336,7 @@ def steps_of(run: Run) -> int:
     tokens = steps = 0
     ramp_end = run.train.ramp_tokens if run.train.ramp_start is not None else 0
     while tokens < min(ramp_end, run.train.tokens):
-        tokens += run.train.batch_at(tokens, run.model.context) * run.model.context
+        tokens += run.train.batch_at(tokens) * run.model.context
         steps += 1
     batch_tokens = run.train.global_batch * run.model.context
     steps += max(0, -(-(run.train.tokens - tokens) // batch_tokens))

@@ -19,6 +19,6 @@ class UserError(Exception):
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """ " Did you mean X?" for the known word nearest to `word`, or an empty string if none is near."""
+    """The suggestion of the known word nearest to `word`, to end a sentence with; empty if none is near."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f" Did you mean {near[0]}?" if near else ""

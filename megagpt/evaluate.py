@@ -31,6 +31,8 @@ class Evaluation:
     """Sum of the losses in bits, over the bytes that the target tokens stand for."""
     sequences: int
     tokens: int
+    bytes: int
+    """Of the text that the target tokens stand for."""
 
 
 def evaluate_corpus(
@@ -71,11 +73,12 @@ def evaluate_corpus(
         bits_per_byte=nats / math.log(2) / size,
         sequences=min(sequences, available),
         tokens=int(tokens),
+        bytes=int(size),
     )
 
 
 def _sums(loss_sum: Callable[[Batch], Tensor], batches: Iterable[Batch], token_bytes: np.ndarray) -> list[float]:
-    """This rank's sum of losses (nats), number of target tokens, and bytes that they stand for."""
+    """Sum of losses (nats), number of target tokens, and bytes that they stand for, on this rank."""
     nats, tokens, size = 0.0, 0, 0
     with torch.no_grad():
         for batch in batches:

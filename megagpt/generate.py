@@ -201,22 +201,11 @@ def generate(gpt: GPT, model: Model, tokenizer: Tokenizer, prompt: str, options:
             f"the prompt has {len(ids):,} tokens, and model.context = {model.context:,} leaves no room after it.",
             "Shorten the prompt.",
         )
-    weight = gpt.head.output.weight
-    caches = [
-        KeyValueCache(model, batch=options.samples, dtype=weight.dtype, device=weight.device) for _ in gpt.blocks
-    ]
     samples = [_Sample(tokenizer, options.stop, list(ids), len(ids)) for _ in range(options.samples)]
-    tokens_BS = torch.tensor([ids] * options.samples, device=weight.device)
-    unread_BT = tokens_BS
-    for step in range(min(options.tokens, model.context - len(ids))):
-        logits_BV = shape_logits(
-            gpt.next_logits(unread_BT, caches)[:, : tokenizer.vocabulary].float(), tokens_BS, options
-        )
-        unread_BT = (
-            logits_BV.argmax(-1) if options.temperature == 0 else draw(logits_BV, seed=options.seed, step=step)
-        )[:, None]
-        tokens_BS = torch.cat((tokens_BS, unread_BT), dim=1)
-        yield from _pieces(samples, unread_BT[:, 0].tolist())
+    for tokens in _chosen(gpt, model, ids, options, vocabulary=tokenizer.vocabulary):
+        for index, (sample, token) in enumerate(zip(samples, tokens, strict=True)):
+            if not sample.done and (text := sample.push(token)):
+                yield Piece(index, text)
         if all(sample.done for sample in samples):
             return
     for index, sample in enumerate(samples):
@@ -224,10 +213,22 @@ def generate(gpt: GPT, model: Model, tokenizer: Tokenizer, prompt: str, options:
             yield Piece(index, text)
 
 
-def _pieces(samples: list[_Sample], tokens: list[int]) -> Iterator[Piece]:
-    for index, (sample, token) in enumerate(zip(samples, tokens, strict=True)):
-        if not sample.done and (text := sample.push(token)):
-            yield Piece(index, text)
+def _chosen(gpt: GPT, model: Model, prompt: list[int], options: Sampling, *, vocabulary: int) -> Iterator[list[int]]:
+    """The next token of each sample, step by step; never one of the model's rows from `vocabulary` on."""
+    weight = gpt.head.output.weight
+    caches = [
+        KeyValueCache(model, batch=options.samples, dtype=weight.dtype, device=weight.device) for _ in gpt.blocks
+    ]
+    tokens_BS = torch.tensor([prompt] * options.samples, device=weight.device)
+    unread_BT = tokens_BS
+    for step in range(min(options.tokens, model.context - len(prompt))):
+        logits_BV = gpt.next_logits(unread_BT, caches)[:, :vocabulary].float()
+        logits_BV = shape_logits(logits_BV, tokens_BS, options)
+        greedy = options.temperature == 0
+        chosen_B = logits_BV.argmax(-1) if greedy else draw(logits_BV, seed=options.seed, step=step)
+        yield chosen_B.tolist()
+        unread_BT = chosen_B[:, None]
+        tokens_BS = torch.cat((tokens_BS, unread_BT), dim=1)
 
 
 def complete(gpt: GPT, model: Model, tokenizer: Tokenizer, prompt: str, options: Sampling) -> list[str]:

@@ -3,8 +3,7 @@
     ranks = arange(world).reshape(data, pipeline, tensor)        e.g. 2 x 2 x 2:   [[[0 1] [2 3]] [[4 5] [6 7]]]
 
 Tensor ranks are neighbours, so that they sit inside one node; data-parallel replicas are farthest apart, since they
-talk once a step. Nothing else in the project derives one rank number from another, and DeepSpeed gets its process groups
-from this grid.
+talk once a step. Nothing else in the project derives one rank number from another; DeepSpeed gets the same grid.
 """
 
 from __future__ import annotations
@@ -56,7 +55,8 @@ class Mesh:
     @property
     def reports(self) -> bool:
         """Whether this rank speaks for its replica where each replica must count once: of the tensor ranks of the
-        last stage, which all know the loss, the first."""
+        last stage, which all know the loss, the first.
+        """
         return self.last_stage and self.tensor_rank == 0
 
     def describe(self) -> str:

@@ -5,8 +5,8 @@
                    step: forward, backward and update in the engine; write the record
                    evaluate, save, and stop when all is done or when asked to
 A run is its folder: run.toml, metrics.jsonl, evaluations.jsonl, events.jsonl, checkpoints/. Started again on the same
-folder it continues from the newest checkpoint, to the exact token; the loss sequence goes on bit for bit on the same
-layout, since nothing depends on a generator's state: data order, initial weights and dropout are functions of the seed.
+folder it continues from the newest checkpoint, to the exact token; the losses go on bit for bit on the same layout,
+since nothing depends on a generator's state: data order, initial weights and dropout are functions of the seed.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from megagpt.checkpoint import lineage
 from megagpt.checkpoint.load import check_model, load, newest_valid
 from megagpt.checkpoint.save import save
 from megagpt.config import Run, steps_of, to_toml
-from megagpt.data.batch import Batch
 from megagpt.data import order
+from megagpt.data.batch import Batch, document_lengths
 from megagpt.data.corpus import Corpus, open_mixture
 from megagpt.data.loader import train_batches
 from megagpt.data.order import Cursor
@@ -90,7 +90,7 @@ def step(run: Run, engine: Engine, progress: Progress, batches: Iterator[list[Ba
     micro_batches = next(batches)
     waited = time.perf_counter() - began
     context = run.model.context
-    size = run.train.batch_at(progress.tokens(context), context)
+    size = run.train.batch_at(progress.tokens(context))
     tokens = progress.tokens(context) + size * context
     lr = learning_rate(run.optim, tokens=tokens, total_tokens=run.train.tokens)
     if _due(progress.step, run.train.guard_every):
@@ -100,7 +100,14 @@ def step(run: Run, engine: Engine, progress: Progress, batches: Iterator[list[Ba
     progress.cursor = progress.cursor.advanced(size)
     seconds = time.perf_counter() - began
     journal.step(
-        done, step=progress.step, tokens=tokens, sequences=size, lr=lr, seconds=seconds, waited=waited
+        done,
+        step=progress.step,
+        tokens=tokens,
+        sequences=size,
+        lr=lr,
+        seconds=seconds,
+        waited=waited,
+        documents=document_lengths(micro_batches),
     )
     return done
 
@@ -145,21 +152,15 @@ class Saver:
         manifest, faults = newest_valid(self.root, rank=mesh.rank, ranks=mesh.world_size)
         for fault in faults:
             journal.warn(f"{fault}; an older checkpoint is used, and the steps since are computed again.")
-        weights = _weights(run, corpora)
-        if manifest is None:
-            cursor = order.start(
-                seed=run.seed, context=run.model.context, packing=run.data.packing, weights=weights
-            )
-            progress = Progress(0, cursor)
-        else:
+        step, cursor = 0, None
+        if manifest is not None:
             check_model(manifest, self._engine.shapes())
             load(manifest, self._engine.held())
             self._engine.restored(manifest.header["counters"])
-            cursor = _same_stream(Cursor.from_dict(manifest.header["cursor"]), run)
-            progress = Progress(manifest.header["step"], cursor.with_mixture(weights))
+            step, cursor = manifest.header["step"], manifest.header["cursor"]
         generation = lineage.begin(self.root, manifest.commit if manifest else None) if mesh.rank == 0 else 0
         self._generation = -ranks.lowest_over_ranks(-generation)
-        return progress
+        return Progress(step, _cursor(run, corpora, cursor))
 
     def save(self, progress: Progress, journal: Journal) -> None:
         """Commit the run as it stands, then delete what retention does not keep."""
@@ -185,9 +186,14 @@ class Saver:
         }
 
 
-def _weights(run: Run, corpora: list[Corpus]) -> dict[order.Source, int]:
-    sources = [source(corpus, context=run.model.context, packing=run.data.packing) for corpus in corpora]
-    return dict(zip(sources, run.data.mixture.values(), strict=True))
+def _cursor(run: Run, corpora: list[Corpus], saved: dict[str, Any] | None) -> Cursor:
+    """Where the run stands in its data, with the mixture that it has now; without a saved cursor, at the beginning."""
+    context, packing = run.model.context, run.data.packing
+    sources = [source(corpus, context=context, packing=packing) for corpus in corpora]
+    weights = dict(zip(sources, run.data.mixture.values(), strict=True))
+    if saved is None:
+        return order.start(seed=run.seed, context=context, packing=packing, weights=weights)
+    return _same_stream(Cursor.from_dict(saved), run).with_mixture(weights)
 
 
 def _same_stream(cursor: Cursor, run: Run) -> Cursor:
@@ -209,14 +215,14 @@ def _same_stream(cursor: Cursor, run: Run) -> Cursor:
 def _batches(
     run: Run, corpora: list[Corpus], progress: Progress, engine: Engine
 ) -> Prefetched[list[Batch]] | Generator[list[Batch], None, None]:
-    """This replica's micro-batches of each step; none on a rank between the first and the last stage."""
+    """The replica's micro-batches of each step; none on a rank between the first and the last stage."""
     if not engine.mesh.reads_data:
         return ([] for _ in itertools.repeat(None))
     context = run.model.context
     return train_batches(
         corpora,
         progress.cursor,
-        global_batch=lambda consumed: run.train.batch_at(consumed * context, context),
+        global_batch=lambda consumed: run.train.batch_at(consumed * context),
         micro_batch=run.train.micro_batch,
         data_rank=engine.mesh.data_rank,
         data_ranks=engine.mesh.data,

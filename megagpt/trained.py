@@ -14,6 +14,7 @@ from megagpt.data.tokenizer import Tokenizer, load_tokenizer
 from megagpt.errors import UserError
 from megagpt.model import GPT, build
 
+
 @dataclass(frozen=True)
 class Trained:
     """A run that has a checkpoint."""
@@ -55,7 +56,9 @@ class Trained:
 def open_trained(folder: Path) -> Trained:
     """The run in `folder`. Raises UserError if it is no run's folder, or has no undamaged checkpoint."""
     if not (folder / "run.toml").is_file():
-        raise UserError(f"{folder} is not a run's folder: it has no run.toml.", "megagpt train PRESET --out makes one.")
+        raise UserError(
+            f"{folder} is not a run's folder: it has no run.toml.", "megagpt train PRESET --out makes one."
+        )
     manifest, _ = newest_valid(folder / "checkpoints")
     if manifest is None:
         raise UserError(f"{folder} has no checkpoint yet.", "The first one comes after checkpoint.every steps.")

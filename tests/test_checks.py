@@ -39,7 +39,11 @@ def test_every_preset_passes_once_it_has_data(name):
         ("optim", Optim(lr=float("nan")), "optim.lr = nan must be above 0"),
         ("optim", Optim(beta2=1.0), "optim.beta2 = 1.0"),
         ("optim", Optim(warmup_tokens=10**9), "leaves nothing to decay over"),
-        ("parallel", Parallel(pipeline=2, zero_stage=2), "parallel.zero_stage = 2 does not work with parallel.pipeline"),
+        (
+            "parallel",
+            Parallel(pipeline=2, zero_stage=2),
+            "parallel.zero_stage = 2 does not work with parallel.pipeline",
+        ),
         ("parallel", Parallel(pipeline=2, zero_stage=3), "Use parallel.zero_stage 1, or parallel.pipeline 1"),
         ("parallel", Parallel(pipeline=13), "more than model.layers = 12"),
         ("parallel", Parallel(data=0), "parallel.data = 0 must be at least 1"),

@@ -56,11 +56,11 @@ def test_a_mistyped_preset_gets_a_suggestion():
 
 def test_the_ramp_reaches_every_size_once_and_ends_at_the_global_batch():
     train = Train(ramp_start=16, ramp_increment=8, ramp_tokens=1_000_000, global_batch=64)
-    sizes = [train.batch_at(tokens, 1024) for tokens in range(0, 1_000_000, 1000)]
+    sizes = [train.batch_at(tokens) for tokens in range(0, 1_000_000, 1000)]
     assert sizes[0] == 16
     assert sizes == sorted(sizes)
     assert sorted(set(sizes)) == list(range(16, 65, 8))
-    assert train.batch_at(1_000_000, 1024) == 64
+    assert train.batch_at(1_000_000) == 64
 
 
 @given(st.integers(1, 40), st.integers(1, 8), st.integers(1, 200_000), st.integers(1, 500_000))
@@ -71,7 +71,7 @@ def test_the_number_of_steps_equals_walking_through_the_run(increments, start, r
     run = Run(train=train, model=Model(context=64))
     seen = steps = 0
     while seen < tokens:
-        seen += train.batch_at(seen, 64) * 64
+        seen += train.batch_at(seen) * 64
         steps += 1
     assert config.steps_of(run) == steps
 

@@ -125,6 +125,13 @@ def test_draws_follow_the_probabilities_and_never_take_what_has_none():
     assert (counts[[1, 2, 4]] / 10_000).tolist() == pytest.approx([0.1, 0.2, 0.7], abs=0.01)
 
 
+@pytest.mark.parametrize(("word", "token"), [(0, 1), (2**32 - 1, 4)], ids=["lowest", "highest"])
+def test_even_the_extreme_draws_take_a_token_that_has_a_probability(word, token, monkeypatch):
+    monkeypatch.setattr(module, "philox", lambda _counter, _key: (torch.tensor([word]),) * 4)
+    logits = torch.tensor([[-torch.inf, 0.0, 3.0, 1.0, -2.0, -torch.inf]])
+    assert module.draw(logits, seed=1, step=0).tolist() == [token]
+
+
 def test_a_draw_depends_on_seed_step_and_sample():
     flat = torch.zeros(3, 1 << 20)
     draws = [module.draw(flat, seed=seed, step=step).tolist() for seed, step in ((1, 0), (1, 1), (2, 0))]

@@ -1,5 +1,6 @@
 """The operators against their definitions, written out in fp64."""
 
+import itertools
 import math
 
 import pytest
@@ -101,10 +102,17 @@ def test_a_mask_is_the_documented_function_of_sample_head_position_and_column():
     samples = torch.tensor([3, (7 << 32) + 9])
     keep = Mask(rate=0.25, key=2**63 + 5, samples_B=samples).keep_BNTC(2, 3, 10)
     assert keep.shape == (2, 2, 3, 10)
-    for b, h, t, c in [(0, 0, 0, 0), (1, 1, 2, 9), (0, 1, 1, 6), (1, 0, 2, 3)]:
+    for b, h, t, c in itertools.product(range(2), range(2), range(3), range(10)):
         counter = (c // 4, t, int(samples[b]) % 2**32, h)
-        words = philox(tuple(torch.tensor(part) for part in counter), 2**63 + 5)
+        words = philox([torch.tensor(part) for part in counter], 2**63 + 5)
         assert bool(keep[b, h, t, c]) == (int(words[c % 4]) >= 2**30)
+
+
+def test_an_element_is_kept_iff_its_word_reaches_the_rate():
+    samples = torch.tensor([3])
+    word = int(philox([torch.tensor(part) for part in (1, 2, 3, 0)], 99)[2])
+    for rate, kept in ((word / 2**32, True), ((word + 1) / 2**32, False)):
+        assert bool(Mask(rate, 99, samples).keep_BNTC(1, 3, 8)[0, 0, 2, 6]) == kept
 
 
 def test_the_mask_of_a_sample_is_the_same_in_any_batch():

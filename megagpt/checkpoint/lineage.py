@@ -77,7 +77,7 @@ def commit_folder(root: Path, generation: int, step: int) -> Path:
 
 
 def retain(root: Path, keep: int) -> None:
-    """Delete all but the newest `keep` commits of the lineage (at least one), and what is left of interrupted saves."""
+    """Delete all but the newest `keep` commits of the lineage (at least one), and what interrupted saves left."""
     kept = list(commits(root))[: max(1, keep)]
     newest = kept[0] if kept else None
     for generation in _generations(root):

@@ -69,9 +69,7 @@ def read_manifest(commit: Commit) -> Manifest:
     return Manifest(commit, content, shapes, stored)
 
 
-def _tensors(
-    content: dict[str, Any], folder: Path
-) -> tuple[dict[str, tuple[int, ...]], dict[str, list[Stored]]]:
+def _tensors(content: dict[str, Any], folder: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, list[Stored]]]:
     """Each tensor's shape, and the boxes that it is stored in."""
     shapes: dict[str, tuple[int, ...]] = {}
     stored: dict[str, list[Stored]] = defaultdict(list)
@@ -121,7 +119,7 @@ def newest_valid(root: Path, *, rank: int = 0, ranks: int = 1) -> tuple[Manifest
 
 
 def check_model(manifest: Manifest, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Raise UserError, naming the first tensor that differs, unless the checkpoint holds exactly a model of `shapes`."""
+    """Raise UserError, naming the first tensor that differs, unless the checkpoint is of a model of these `shapes`."""
     for name, shape in shapes.items():
         if name not in manifest.shapes:
             raise UserError(f"checkpoint {manifest.commit} is of another model: it has no {name}.")

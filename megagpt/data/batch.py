@@ -5,6 +5,7 @@ Letters: B rows (sequences) of the micro-batch, T tokens a row, S static length 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,3 +55,9 @@ def document_starts(cu_seqlens_S: Tensor, B: int, T: int) -> Tensor:
     document = torch.searchsorted(cu_seqlens_S, flat, right=True) - 1
     rows_B1 = torch.arange(0, B * T, T, dtype=torch.int32, device=cu_seqlens_S.device).unsqueeze(1)
     return cu_seqlens_S[document].view(B, T) - rows_B1
+
+
+def document_lengths(batches: Sequence[Batch]) -> list[int] | None:
+    """Tokens of each document, or part of one, in some batches; None where attention does not heed documents."""
+    boundaries = [batch.cu_seqlens_S for batch in batches if batch.cu_seqlens_S is not None]
+    return [length for ends in boundaries for length in ends.diff().tolist() if length] or None

@@ -28,7 +28,7 @@ from megagpt.data.sources import Slice
 from megagpt.data.tables import canonical_json, sha256_of
 from megagpt.data.task import PREPARATION, Job, Recipe, TaskResult, is_heldout, result_of, run_task
 from megagpt.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
-from megagpt.data.workers import run_tasks
+from megagpt.data.workers import Report, run_tasks
 from megagpt.errors import UserError
 from megagpt.files import require_space, sync_folder, write_whole
 
@@ -52,6 +52,8 @@ def build(inputs: Sequence[str], out: Path, *, tokenizer: Path | None, recipe: R
         return _already_built(out, plan)
     (out / PREPARATION).mkdir(parents=True, exist_ok=True)
     with _only_builder(out):
+        if (out / "manifest.json").exists():  # another build has just committed it
+            return _already_built(out, plan)
         _agree(out, plan)
         used = given or _trained_tokenizer(out, tasks, recipe)
         job = Job(out, recipe, used.definition, used.end_of_text)
@@ -82,13 +84,13 @@ class _Plan:
     tokenizer: Tokenizer | None
 
     def sources(self) -> bytes:
-        """sources.jsonl: a line a slice, in order."""
+        """sources.json: a line a slice, in order."""
         lines = [
             canonical_json({"task": number, **dataclasses.asdict(piece)})
             for number, task in enumerate(self.tasks)
             for piece in task
         ]
-        return b"".join(line + b"\n" for line in lines)
+        return b"[\n" + b",\n".join(lines) + b"\n]\n"
 
     def identity(self) -> dict[str, Any]:
         files = sorted({piece.path for task in self.tasks for piece in task})
@@ -104,7 +106,7 @@ class _Plan:
 def _already_built(out: Path, plan: _Plan) -> Manifest:
     manifest = load_manifest(out)
     tokenizer = manifest.tokenizer_sha256 if plan.tokenizer is None else plan.tokenizer.sha256()
-    same = (out / "sources.jsonl").is_file() and (out / "sources.jsonl").read_bytes() == plan.sources()
+    same = (out / "sources.json").is_file() and (out / "sources.json").read_bytes() == plan.sources()
     if not same or manifest.options != dataclasses.asdict(plan.recipe) or manifest.tokenizer_sha256 != tokenizer:
         raise UserError(f"{out} already holds a corpus, built from other input or options.", "Name another folder.")
     shutil.rmtree(out / PREPARATION, ignore_errors=True)
@@ -113,20 +115,27 @@ def _already_built(out: Path, plan: _Plan) -> Manifest:
 
 @contextmanager
 def _only_builder(out: Path) -> Iterator[None]:
-    """Hold the folder; the kernel lets go of it when this process ends, however it ends."""
+    """Hold the folder, and leave no temporary file; the kernel lets go of it however this process ends."""
     with (out / PREPARATION / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise UserError(f"another build is writing to {out}.", "Wait for it, or name another folder.") from error
-        yield
+        try:
+            _remove_temporaries(out)  # of a build that was killed
+            yield
+        finally:
+            _remove_temporaries(out)  # of workers that were ended
+
+
+def _remove_temporaries(out: Path) -> None:
+    for leftover in chain(out.glob(".*.tmp"), (out / PREPARATION).glob(".*.tmp")):
+        leftover.unlink(missing_ok=True)
 
 
 def _agree(out: Path, plan: _Plan) -> None:
     """Begin the build, or see that the one begun here was the same. Raises UserError if not."""
     path = out / PREPARATION / "plan.json"
-    for leftover in chain(out.glob(".*.tmp"), (out / PREPARATION).glob(".*.tmp")):
-        leftover.unlink(missing_ok=True)  # of a writer that was killed
     identity = plan.identity()
     if not path.exists():
         write_whole(path, canonical_json(identity))
@@ -146,13 +155,15 @@ def _trained_tokenizer(out: Path, tasks: Sequence[Sequence[Slice]], recipe: Reci
     path = out / PREPARATION / "tokenizer.json"
     if not path.exists():
         slices = list(chain.from_iterable(tasks))
-        budget = _TRAINING_BYTES / max(1, sum(piece.text_bytes for piece in slices))
-        tokenizer = train_tokenizer(_training_texts(slices, budget, recipe), recipe.vocabulary)
+        size = sum(piece.text_bytes for piece in slices)
+        share = min(1.0, _TRAINING_BYTES / max(1, size))
+        with progress("training the tokenizer", int(share * size)) as report:
+            tokenizer = train_tokenizer(_training_texts(slices, share, recipe, report), recipe.vocabulary)
         write_whole(path, tokenizer.definition.encode())
     return load_tokenizer(path)
 
 
-def _training_texts(slices: Sequence[Slice], share: float, recipe: Recipe) -> Iterator[str]:
+def _training_texts(slices: Sequence[Slice], share: float, recipe: Recipe, report: Report) -> Iterator[str]:
     """The first `share` of every slice, held-out documents left out."""
     for piece in slices:
         left = share * piece.text_bytes
@@ -160,6 +171,7 @@ def _training_texts(slices: Sequence[Slice], share: float, recipe: Recipe) -> It
             if not is_heldout(document.utf8, recipe.heldout):
                 yield document.text
             left -= len(document.utf8)
+            report(len(document.utf8))
             if left <= 0:
                 break
 
@@ -203,7 +215,7 @@ def _commit(out: Path, plan: _Plan, tokenizer: Tokenizer) -> Manifest:
         shards=tuple(entry for result in results for entry in result.shards),
     )
     write_whole(out / "tokenizer.json", tokenizer.definition.encode())
-    write_whole(out / "sources.jsonl", plan.sources())
+    write_whole(out / "sources.json", plan.sources())
     save_manifest(out, manifest)
     shutil.rmtree(out / PREPARATION)
     sync_folder(out)

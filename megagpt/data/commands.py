@@ -126,7 +126,7 @@ def run_verify(options: Verify) -> None:
         print("\n".join(problems) or f"{options.corpus}: {shards:,} shards, every hash matches.")
     if problems:
         raise UserError(
-            f"the corpus {options.corpus} has {len(problems):,} broken files.",
+            f"the corpus {options.corpus} has {len(problems):,} broken file{'s' * (len(problems) > 1)}.",
             "--repair makes indices and plans again; other files must be copied again, or the corpus rebuilt.",
         )
 
@@ -191,6 +191,6 @@ def _excerpts(corpus: Corpus, count: int) -> Iterator[dict[str, Any]]:
     for starts, lengths in split.document_spans():
         for number in (number for number in wanted if before <= number < before + len(starts)):
             start, length = int(starts[number - before]), int(lengths[number - before])
-            ids = split.read(start, start + min(length, _EXCERPT))
+            ids = split.read(start, start + min(length - 1, _EXCERPT))
             yield {"document": number, "tokens": length, "text": tokenizer.decode(ids)[:_EXCERPT]}
         before += len(starts)

@@ -1,6 +1,6 @@
 """A built corpus, open for reading: manifest, tokenizer, and each split as one long row of tokens.
 
-A folder holds manifest.json, tokenizer.json, sources.jsonl and, a shard, NAME.tar and NAME.index. Opening one reads
+A folder holds manifest.json, tokenizer.json, sources.json and, a shard, NAME.tar and NAME.index. Opening one reads
 the manifest and the sizes of the files; shards are mapped when first touched. Nothing is built, locked or shared
 between ranks. Letters: n shards.
 """

@@ -2,7 +2,7 @@
 
 Its `fingerprint` is the sha256 of everything else in it, as canonical JSON. Since it holds the hash of every shard,
 it names the corpus's content wherever the folder lies; the data order is keyed by it, and a checkpoint refers to it.
-Paths of the raw files are therefore not in it but in `sources.jsonl`.
+Paths of the raw files are therefore not in it but in `sources.json`.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def load_manifest(folder: Path) -> Manifest:
     except FileNotFoundError as error:
         rule = f"{folder} is not a corpus: it has no manifest.json."
         raise UserError(rule, "Build one with 'megagpt data build', or finish a build that was stopped.") from error
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise _unreadable(path, error) from error
     if found != FORMAT:
         raise UserError(

@@ -83,7 +83,7 @@ class Cursor:
                 raise UserError(f"corpus {source.fingerprint[:12]} had {was:,} sequences and now has {now:,}.")
         sources = tuple(known.values())
         values = tuple(weights.get(source, 0) for source in sources)
-        divisor = gcd(*values)
+        divisor = gcd(*values) or 1
         values = tuple(value // divisor for value in values)
         if not 0 < sum(values) <= _LARGEST_WEIGHTS:
             raise UserError(f"the weights of the mixture add up to {sum(values):,}; at most {_LARGEST_WEIGHTS:,}.")
@@ -143,10 +143,10 @@ def sequences(cursor: Cursor, positions: np.ndarray) -> tuple[np.ndarray, np.nda
     for number, source in enumerate(cursor.sources):
         mine = np.flatnonzero(corpus == number)
         epoch, index = np.divmod(ordinal[mine], source.sequences)
-        for value in np.unique(epoch):
-            here = epoch == value
-            keys = _keys(cursor.seed, source.fingerprint, int(value))
-            sequence[mine[here]] = _permuted(index[here], source.sequences, keys)
+        epochs, which = np.unique(epoch, return_inverse=True)
+        keys = [_keys(cursor.seed, source.fingerprint, value) for value in epochs.tolist()]
+        if keys:
+            sequence[mine] = _permuted(index, source.sequences, np.stack(keys, axis=1)[:, which])
     return corpus, sequence
 
 
@@ -209,12 +209,12 @@ def _keys(seed: int, fingerprint: str, epoch: int) -> np.ndarray:
 
 
 def _permuted(indices: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
-    """The images of `indices` under the permutation of [0, size) that the keys name."""
+    """The images of `indices` [n] under the permutations of [0, size) that the keys [rounds, n] name."""
     bits = max(2, (size - 1).bit_length())
     images = _feistel(indices.astype(np.uint64), bits, keys)
     outside = np.flatnonzero(images >= size)
     while len(outside):
-        images[outside] = _feistel(images[outside], bits, keys)
+        images[outside] = _feistel(images[outside], bits, keys[:, outside])
         outside = outside[images[outside] >= size]
     return images.astype(np.int64)
 

@@ -6,8 +6,8 @@
     reduce-scatter along tokens             all-gather along tokens    `reduced_to_own_tokens`
     all-gather along tokens, times W'       reduce-scatter             `ColumnProduct`
 
-Sequence parallelism (Korthikanti et al. 2022, arXiv:2205.05198, section 4.2.2) splits an all-reduce into the
-reduce-scatter and the all-gather that it is made of, so that norms and dropout in between run on a share of the tokens.
+Sequence parallelism (Korthikanti et al. 2022, arXiv:2205.05198, section 4.2.2) splits an all-reduce into its parts,
+reduce-scatter and all-gather, so that norms and dropout in between run on a share of the tokens.
 Letters: B batch, T tokens, D width, H hidden. `T_tp` is a rank's share of the tokens.
 """
 

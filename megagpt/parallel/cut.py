@@ -9,8 +9,8 @@
     feed_forward.down           D x H          columns                                   H / tensor
     head.output                 V x D          rows                                      its share of the vocabulary
 
-The biases of modules cut by rows are cut with them; those of modules cut by columns, and everything that is not in the
-table (norms, positions), are on every rank. Where there are fewer key and value heads than ranks, or they do not divide
+The biases of modules cut by rows are cut with them; those of modules cut by columns, and whatever is not in the table
+(norms, positions), are on every rank. Where there are fewer key and value heads than ranks, or they do not divide
 evenly, a rank keeps those that its query heads use: neighbours then hold the same one, and the first of them owns it.
 docs/parallel.md draws the cuts (Shoeybi et al. 2019, arXiv:1909.08053, section 3).
 
@@ -67,7 +67,8 @@ def kv_heads_of(model: Model, place: Place) -> Range:
 
 def kv_head_of_each_query(model: Model, place: Place) -> list[int] | None:
     """Where each of this rank's query heads finds its key and value head among the rank's own; None where it is the
-    rule that attention knows, query head n to head n // (query heads / key and value heads)."""
+    rule that attention knows, query head n to head n // (query heads / key and value heads).
+    """
     heads, kept = model.heads // place.ranks, kv_heads_of(model, place)
     share = model.heads // model.key_value_heads()
     found = [(place.rank * heads + n) // share - kept.start for n in range(heads)]

@@ -5,8 +5,8 @@ The loss is the mean over all unmasked target tokens of the global batch, howeve
 
     loss = sum over replicas and micro-batches of (sum of token losses)  /  (unmasked tokens of the global batch)
 
-DeepSpeed averages gradients over the data-parallel ranks, so each micro-batch's sum is scaled by replicas / tokens. The
-global norm of the gradient is summed over the elements that ranks own, each of which is one element of the model; the
+DeepSpeed averages gradients over the data-parallel ranks, so each micro-batch's sum is scaled by replicas / tokens.
+The global norm of the gradient is summed over the elements that ranks own, each of them one element of the model; the
 clipping by it happens in AdamW's hook, the same on every ZeRO stage and layout.
 """
 
@@ -71,7 +71,7 @@ class Engine:
                 self._driver = Pipeline(part, run.model, mesh, self.groups, config=config, optimizer=optimizer)
             else:
                 self._driver = Whole(part.gpt(), mesh, self.groups, config=config, optimizer=optimizer)
-        self._engine = self._driver.engine
+        self._engine: Any = self._driver.engine
         state.create(self._engine)
 
     def train_batch(
@@ -107,8 +107,10 @@ class Engine:
         )
 
     def eval_batch(self, batch: Batch) -> Tensor:
-        """Sum of the losses (nats) of a micro-batch's unmasked tokens, the same on all ranks of the replica. Every rank
-        must call it; only those for which `mesh.reads_data` is true read the batch."""
+        """Sum of the losses (nats) of a micro-batch's unmasked tokens, the same on all ranks of the replica.
+
+        Every rank must call it; only those for which `mesh.reads_data` is true read the batch.
+        """
         loss = self._driver.evaluate([batch], 1).double()
         if self.mesh.pipeline > 1:
             dist.all_reduce(loss, group=self.groups.pipeline)  # 0 on all stages but the last
@@ -166,7 +168,7 @@ class Engine:
         """The norm of all ranks' tensors together, each of which is a part of the model that no other rank has."""
         total = self._zero()
         if gradients:
-            norms = torch._foreach_norm(list(gradients), dtype=torch.float32)
+            norms = torch._foreach_norm(list(gradients), dtype=torch.float32)  # pyright: ignore[reportPrivateImportUsage]
             total = torch.stack(norms).double().square().sum().to(self.device)
         dist.all_reduce(total)
         return float(total.sqrt())
@@ -189,7 +191,7 @@ class _Clip:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         if self._factor < 1 and gradients:
-            torch._foreach_mul_(gradients, self._factor)
+            torch._foreach_mul_(gradients, self._factor)  # pyright: ignore[reportPrivateImportUsage]
         if self._largest_value > 0:
             for gradient in gradients:
                 gradient.clamp_(-self._largest_value, self._largest_value)
@@ -200,7 +202,7 @@ def _targets(batch: Batch) -> Tensor:
 
 
 def _part(run: Run, mesh: Mesh, groups: Groups, config: dict[str, Any], device: torch.device) -> Part:
-    """This rank's part of the model; under ZeRO 3 no rank ever holds more than one layer of it whole."""
+    """The rank's part of the model; under ZeRO 3 no rank ever holds more than one layer of it whole."""
     dtype = DTYPES[run.train.precision]
 
     def make(value: Tensor) -> nn.Parameter:
@@ -209,24 +211,18 @@ def _part(run: Run, mesh: Mesh, groups: Groups, config: dict[str, Any], device: 
         parameter.model_parallel = True  # pyright: ignore[reportAttributeAccessIssue]
         return parameter
 
-    finish: Callable[[nn.Module], None] = _leave
-    if run.parallel.zero_stage == 3:
-        deepspeed = ranks.import_deepspeed()
-
-        def finish(layer: nn.Module) -> None:  # a dtype argument would turn fp32 into bf16 on a CPU
-            axes = Axes(mesh, groups)
-            deepspeed.zero.Init(module=layer, config_dict_or_path=config, data_parallel_group=groups.data, mpu=axes)
+    def finish(layer: nn.Module) -> None:
+        if run.parallel.zero_stage == 3:  # a dtype argument would turn fp32 into bf16 on a CPU
+            init = ranks.import_deepspeed().zero.Init
+            init(module=layer, config_dict_or_path=config, data_parallel_group=groups.data, mpu=Axes(mesh, groups))
 
     return part_of(run, mesh, groups, bounds=stage_bounds(run.model, mesh.pipeline), make=make, finish=finish)
 
 
-def _leave(_layer: nn.Module) -> None:
-    pass
-
-
 def _adamw(placed: Sequence[Placed], optim: Optim, clip: _Clip) -> torch.optim.AdamW:
     """AdamW with decay on matrices and embeddings alone. Its rate is set at every step; 0 here, since DeepSpeed steps
-    some optimizers once, on zero gradients, to make their state."""
+    some optimizers once, on zero gradients, to make their state.
+    """
     decayed = [part.parameter for part in placed if len(part.shape) > 1]
     others = [part.parameter for part in placed if len(part.shape) <= 1]
     groups = [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": others, "weight_decay": 0.0}]

@@ -53,7 +53,7 @@ def check_batches(batches: Sequence[Batch], mesh: Mesh, device: torch.device) ->
             if table[other.rank] != table[readers[0].rank]:
                 raise UserError(
                     f"{other.describe()} reads another batch than {readers[0].describe()}, of the same replica.",
-                    "Compare the corpora of the two machines with 'megagpt data verify'; their files must be the same.",
+                    "Compare the corpora of the two machines with 'megagpt data verify'; they must be the same.",
                 )
 
 

@@ -1,7 +1,7 @@
-"""Pipeline parallelism: stages of the list of layers under DeepSpeed's PipelineModule, one forward one backward (1F1B).
+"""Pipeline parallelism: stages of the list of layers under DeepSpeed's PipelineModule, one forward, one backward.
 
     stage 0     embedding, blocks ...      reads tokens and sample numbers
-    stage s     blocks ...                 receives and sends x_BTD and, as they came, sample numbers and document starts
+    stage s     blocks ...                 receives and sends x_BTD, sample numbers and document starts
     last stage  blocks ..., head           reads targets, and computes the loss
 
 A stage is one module to DeepSpeed; which layers it has is ours (`stage_bounds`). A tied embedding has a copy on the
@@ -98,9 +98,8 @@ class Pipeline:
         stages = [own if stage == mesh.pipeline_rank else nn.Identity() for stage in range(mesh.pipeline)]
         topology = ProcessTopology(axes=["data", "pipe", "model"], dims=[mesh.data, mesh.pipeline, mesh.tensor])
         module = PipelineModule(stages, topology=topology, loss_fn=self._loss, partition_method="uniform")
-        self.engine, _, _, _ = deepspeed.initialize(
-            model=module, optimizer=optimizer, config=config, dist_init_required=False
-        )
+        made = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)
+        self.engine: Any = made[0]
         self.engine._INSTRUCTION_MAP = {
             **self.engine._INSTRUCTION_MAP,
             ReduceTiedGrads: self._add_tied_gradients,

@@ -1,4 +1,4 @@
-"""This rank's part of the model: its layers, cut and with their initial values, and where each parameter belongs.
+"""The rank's part of the model: its layers, cut and with their initial values, and where each parameter belongs.
 
 The whole model is built without memory (on torch's meta device), cut over the tensor ranks, and of its list of layers
 a stage keeps a run. Only then do parameters get memory: one after another, each drawn by its global name and narrowed,
@@ -115,7 +115,7 @@ def part_of(
 ) -> Part:
     """Build this rank's part of the model. Stage s has the layers [bounds[s], bounds[s + 1]).
 
-    `make` turns an initial value (fp32, on the CPU) into a parameter; `finish` gets each layer that has all of its own.
+    `make` turns an initial value (fp32, on the CPU) into a parameter; `finish` gets each layer that is complete.
     """
     model, place = run.model, Place(mesh.tensor_rank, mesh.tensor)
     with torch.device("meta"):

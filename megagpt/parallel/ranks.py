@@ -162,7 +162,7 @@ def join(*, world: int) -> None:
     """
     if world_size() != world:
         raise UserError(
-            f"the layout has {world} ranks (parallel.data x pipeline x tensor), but the launcher started {world_size()}.",
+            f"the layout has {world} ranks (parallel.data x pipeline x tensor); the launcher started {world_size()}.",
             f"Start {world} ranks, or set parallel.data so that the product is {world_size()}.",
         )
     deepspeed = import_deepspeed()
@@ -232,6 +232,6 @@ def import_deepspeed() -> ModuleType:
     logger.setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # DeepSpeed's calls
     if not gpu_present():
-        vars(deepspeed.ops)["__compatible_ops__"] = {}  # in the place of a table that DeepSpeed makes by compiling
-        get_accelerator().is_fp16_supported = lambda: True
+        setattr(deepspeed.ops, "__compatible_ops__", {})  # noqa: B010 - a table that DeepSpeed makes by compiling
+        setattr(get_accelerator(), "is_fp16_supported", lambda: True)  # noqa: B010
     return deepspeed

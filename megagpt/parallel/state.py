@@ -5,8 +5,8 @@ Each rank holds, of every local parameter, one range of its elements in row-majo
     ZeRO 1, 2    where the rank's flat fp32 partition meets the parameter (DeepSpeed's _hp_mapping)
     ZeRO 3       the rank's shard of the parameter
 `place.Placed` says which boxes of the whole model's parameter such a range is. A `Slice` is one of these boxes, as
-views into DeepSpeed's own tensors: writing into them is how a checkpoint is loaded. The slices that ranks own are, over
-all ranks, every element of the model once; so a sum over them counts tied and replicated parameters once.
+views into DeepSpeed's own tensors: writing into them is how a checkpoint is loaded. The slices that ranks own are,
+over all ranks, every element of the model once: a sum over them counts tied and replicated parameters once.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from megagpt.checkpoint.boxes import Box
 from megagpt.mesh import Mesh
 from megagpt.parallel.place import Placed
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
@@ -53,14 +52,14 @@ class _Range:
     tensors: tuple[Tensor, ...]
 
     def share(self, mesh: Mesh) -> _Range:
-        """This data-parallel rank's equal share of it."""
+        """The data-parallel rank's equal share of it."""
         count = self.tensors[0].numel()
         start, stop = (count * rank // mesh.data for rank in (mesh.data_rank, mesh.data_rank + 1))
         return _Range(self.placed, self.start + start, tuple(tensor[start:stop] for tensor in self.tensors))
 
 
 def create(engine: Any) -> None:
-    """Give every master its moments now, as zeros, instead of at the first step (or at DeepSpeed's step on nothing)."""
+    """Give every master its moments now, as zeros, instead of at the first step or at DeepSpeed's step on nothing."""
     optimizer = adamw(engine)
     for master in _masters(engine):
         optimizer.state[master] = {
@@ -87,7 +86,7 @@ def owned(engine: Any, placed: Sequence[Placed], mesh: Mesh) -> list[Slice]:
 
 
 def gradients(engine: Any, placed: Sequence[Placed], mesh: Mesh) -> list[Gradient]:
-    """The reduced gradients of what this rank owns, times fp16's loss scale, between the last backward and the step."""
+    """The reduced gradients of what this rank owns, times fp16's loss scale; from the last backward to the step."""
     found = []
     for parameter in placed:
         part = _gradient(engine, parameter)
@@ -126,7 +125,8 @@ def loss_scale(engine: Any) -> float:
 
 def own_scale(engine: Any) -> float:
     """The loss scale that is ours to apply: with ZeRO 0 and fp16 DeepSpeed 0.19.8 divides the gradients by the scale
-    without having multiplied the loss. With ZeRO 1-3 it does both."""
+    without having multiplied the loss. With ZeRO 1-3 it does both.
+    """
     return loss_scale(engine) if engine.zero_optimization_stage() == 0 else 1.0
 
 
@@ -200,7 +200,7 @@ def _flat_partition(_engine: Any, placed: Placed) -> _Range | None:
     fragment = placed.parameter._hp_mapping  # pyright: ignore[reportAttributeAccessIssue]
     if fragment is None:
         return None
-    views = tuple(fragment.get_hp_fragment(key).data.view(-1) for key in (None, *MOMENTS))
+    views = tuple(fragment.get_hp_fragment(key).detach().view(-1) for key in (None, "exp_avg", "exp_avg_sq"))
     return _Range(placed, fragment.lp_fragment_address.start, views)
 
 
@@ -250,4 +250,5 @@ def _weights_from_masters(engine: Any, placed: Sequence[Placed]) -> None:
     else:
         masters = _whole_masters(engine)
         for part in placed:
-            part.parameter.data.copy_(masters.get(id(part.parameter), part.parameter).data)
+            if (master := masters.get(id(part.parameter))) is not None:
+                part.parameter.data.copy_(master.data)

@@ -5,15 +5,15 @@
 Matrices become `ColumnLinear`, `RowLinear` and `VocabularyTable`. What else must change changes through the operators
 that a module was given (`ops`): the loss over a cut vocabulary, dropout that knows which heads and tokens these are,
 and norms whose weights get their gradient from all ranks. With sequence parallelism the residual stream between the
-matrices holds only this rank's tokens, x_B(T_tp)D: the sum becomes a reduce-scatter, and the column cut gathers.
+matrices holds the rank's own tokens, x_B(T_tp)D: the sum becomes a reduce-scatter, and the column cut gathers.
 
-Letters: B batch, T tokens, D width, H hidden, N query heads, G key and value heads, K head width, V vocabulary, R rows.
+Letters: B batch, T tokens, D width, H hidden, N query heads, G key and value heads, K head width, V vocabulary.
 Source: Shoeybi et al. 2019, arXiv:1909.08053; Korthikanti et al. 2022, arXiv:2205.05198.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -41,7 +41,7 @@ class Tensors:
     sequence_parallel: bool
 
     def own_tokens(self, tokens: int) -> slice:
-        """This rank's share of a sequence."""
+        """The rank's share of a sequence."""
         share = tokens // self.place.ranks
         return slice(self.place.rank * share, (self.place.rank + 1) * share)
 
@@ -54,7 +54,12 @@ class ColumnLinear(nn.Module):
     """y_BT(H_tp) = x_BTD W' + b, of which this rank has some rows of W and b, and gives those columns of y."""
 
     def __init__(
-        self, whole: Linear, cut: Cut, tensors: Tensors, weight: nn.Parameter | None = None, shared: _Shared | None = None
+        self,
+        whole: Linear,
+        cut: Cut,
+        tensors: Tensors,
+        weight: nn.Parameter | None = None,
+        shared: _Shared | None = None,
     ) -> None:
         """`weight` is another module's, to be shared; `shared` names rows that other ranks have as well."""
         super().__init__()
@@ -249,7 +254,8 @@ def _on_own_tokens(ops: Operators, tensors: Tensors) -> Operators:
 
 def _on_own_heads(ops: Operators, model: Model, place: Place) -> Operators:
     """Attention of this rank's query heads: dropout goes by their numbers in the whole model, and each finds its key
-    and value head also where those do not divide evenly among the ranks."""
+    and value head also where those do not divide evenly among the ranks.
+    """
     first_head = place.rank * (model.heads // place.ranks)
     found = cuts.kv_head_of_each_query(model, place)
 
@@ -261,5 +267,3 @@ def _on_own_heads(ops: Operators, model: Model, place: Place) -> Operators:
         return ops.attention(q, k, v, dropout=mask, **options)
 
     return replace(ops, attention=attention)
-
-

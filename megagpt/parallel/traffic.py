@@ -1,6 +1,6 @@
 """Communication of one training step: counted on the collectives as they run, and as a formula.
 
-Counted is the payload: the bytes of the tensor that is reduced, gathered (whole) or sent, once for each call on a rank.
+Counted is the payload: the bytes of the tensor that is reduced, gathered (whole) or sent, once for each call.
 What a link carries follows from the algorithm: of a ring over n ranks an all-reduce carries 2 (n - 1) / n of its
 payload, an all-gather or a reduce-scatter (n - 1) / n. Left out are messages of at most `SMALL` bytes (counts, norms,
 flags), the shapes that stages exchange once, and groups of one rank.
@@ -20,9 +20,10 @@ For M micro-batches of B rows, x = B T D w bytes of activations, w bytes a numbe
                ZeRO 3: reduce-scatter P w every micro-batch, all-gather P w once where all weights are small enough to
                be kept (100,000 numbers), else up to 2 M P w
 
-An all-reduce of 4 a block: two forward (after attention and feed-forward), two backward. r: with full recomputation one
-more a block, the sum after attention; the sum after the feed-forward is needed by nothing that is recomputed. Queries'
-and keys' norms and repeated key and value heads add the all-reduce of their gradients. docs/parallel.md works examples.
+An all-reduce of 4 a block: two forward (after attention and feed-forward), two backward. r: with full recomputation
+one more a block, the sum after attention; the sum after the feed-forward is needed by nothing that is recomputed. Queries'
+and keys' norms and repeated key and value heads add the all-reduce of their gradients. docs/parallel.md has
+examples.
 
 Letters: B rows of a micro-batch, T tokens, D width, G key and value heads, K head width, P parameters of the rank's
 part with padding.
@@ -62,7 +63,7 @@ class Traffic(TorchDispatchMode):
         self._mesh = mesh
         self.found: Counter[tuple[str, str]] = Counter()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
             name = func._schema.name.split("::")[1]
             if name in _PAYLOAD:
@@ -91,7 +92,7 @@ def _bytes(payload: Any) -> int:
 
 
 def expected(run: Run, mesh: Mesh, parameters: int) -> Counter[tuple[str, str]]:
-    """What `Traffic` counts in a step after the first, in fp32, with `parameters` numbers on the rank, padding included.
+    """What `Traffic` counts in a step after the first, in fp32, with `parameters` numbers on the rank, padding too.
 
     ZeRO 3 is the case in which all weights are kept. A pipeline's tied embedding counts on the pipeline axis.
     """

@@ -29,10 +29,8 @@ class _CrossEntropy(torch.autograd.Function):
         dtype = torch.promote_types(logits_RV.dtype, torch.float32)
         real = max(0, min(logits_RV.shape[1], vocabulary - first))
         wide_RV = logits_RV[:, :real].to(dtype)
-        if real:
-            largest_R = wide_RV.amax(1)
-        else:  # a rank of padding only
-            largest_R = wide_RV.new_full(targets_R.shape, -torch.inf)
+        padding_only = wide_RV.new_full(targets_R.shape, -torch.inf)
+        largest_R = wide_RV.amax(1) if real else padding_only
         dist.all_reduce(largest_R, op=dist.ReduceOp.MAX, group=group)
         own_R = targets_R - first
         here_R = (own_R >= 0) & (own_R < real)

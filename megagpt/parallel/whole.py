@@ -56,9 +56,10 @@ class Whole:
     def __init__(self, gpt: GPT, mesh: Mesh, groups: Groups, *, config: dict[str, Any], optimizer: Any) -> None:
         import deepspeed
 
-        self.engine, _, _, _ = deepspeed.initialize(
+        made = deepspeed.initialize(
             model=gpt, optimizer=optimizer, config=config, mpu=Axes(mesh, groups), dist_init_required=False
         )
+        self.engine: Any = made[0]
 
     def train(self, batches: Sequence[Batch], count: int, *, scale: float, before_step: Callable[[], None]) -> Tensor:
         """Forward, backward and update on the micro-batches, whose summed losses count times `scale`.

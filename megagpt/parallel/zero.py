@@ -2,7 +2,7 @@
 
 What it leaves out matters as much: no optimizer (engine.py hands DeepSpeed torch's AdamW, so nothing is compiled), no
 scheduler (the rate is set each step), no clipping (engine.py clips, by a norm that is the same on every layout), and
-batch sizes only as DeepSpeed's own checks want them (whole.py marks the accumulation boundary itself, so that the batch
+batch sizes only as DeepSpeed's own checks want them (whole.py marks the accumulation boundary itself, so that batches
 can grow during a run).
 """
 
@@ -16,7 +16,7 @@ from megagpt.config import Run
 def deepspeed_config(run: Run) -> dict[str, Any]:
     """DeepSpeed's configuration of `run`. Units: buckets in elements.
 
-    Gradients accumulate in fp32 wherever DeepSpeed can (ZeRO 1-3); with ZeRO 0 it keeps them in the weights' precision.
+    Gradients accumulate in fp32 wherever DeepSpeed can (ZeRO 1-3); ZeRO 0 keeps them in the weights' precision.
     """
     parallel, train = run.parallel, run.train
     accumulation = train.global_batch // (train.micro_batch * parallel.data)

@@ -1,4 +1,4 @@
-"""What a run tells while it trains, on its first rank: console, records, events and loggers; other ranks are silent."""
+"""What a run tells while it trains, from its first rank: console, records, events, loggers. Other ranks are silent."""
 
 from __future__ import annotations
 
@@ -40,7 +40,6 @@ class Journal:
         peak = peak_flops(device, run.train.precision)
         self._peak_flops_per_s = sum_over_ranks([peak.flops_per_s])[0]
         self._peak_source = peak.source
-        self._flops = ledger.flops_per_token(run.model, run.train.recompute)
         self._speak = speak
         self._steps = config.steps_of(run)
         self._console = Console(
@@ -78,12 +77,25 @@ class Journal:
         record_event(self._events, "resumed" if step else "started", step=step, tokens=tokens)
 
     def step(
-        self, done: Step, *, step: int, tokens: int, sequences: int, lr: float, seconds: float, waited: float
+        self,
+        done: Step,
+        *,
+        step: int,
+        tokens: int,
+        sequences: int,
+        lr: float,
+        seconds: float,
+        waited: float,
+        documents: list[int] | None,
     ) -> None:
-        """Record one optimizer step, which took `seconds` in all, of which `waited` for data."""
+        """Record one optimizer step, which took `seconds` in all, of which `waited` for data.
+
+        `documents` are the lengths that attention was kept inside of, in this rank's part of the batch.
+        """
         if not self._speak:
             return
         tokens_per_s = sequences * self._run.model.context / seconds
+        flops = ledger.flops_per_token(self._run.model, self._run.train.recompute, documents)
         known = self._peak_flops_per_s > 0
         speeds = {"tokens_per_s": tokens_per_s, "peak_flops_per_s": self._peak_flops_per_s}
         record = StepRecord(
@@ -93,8 +105,8 @@ class Journal:
             lr=lr,
             tokens=tokens,
             tokens_per_s=tokens_per_s,
-            mfu=ledger.mfu(self._flops, **speeds) if known else None,
-            hfu=ledger.hfu(self._flops, **speeds) if known else None,
+            mfu=ledger.mfu(flops, **speeds) if known else None,
+            hfu=ledger.hfu(flops, **speeds) if known else None,
             batch=sequences,
             seconds=seconds,
             data_wait_seconds=waited,

@@ -24,7 +24,7 @@ def plan_rows(run: Run) -> list[tuple[str, str]]:
         ("model", f"{count(parameters)} parameters: {model.layers} layers, {model.width} wide, {model.heads} heads"),
         (
             "",
-            f"{model.norm}, {model.positions} positions, {model.feed_forward}, vocabulary {model.vocabulary:,}{banded}",
+            f"{model.norm}, {model.positions} positions, {model.feed_forward}{banded}, {model.vocabulary:,} tokens",
         ),
         ("data", ", ".join(f"{corpus} x {weight}" for corpus, weight in run.data.mixture.items())),
         (
@@ -39,6 +39,6 @@ def plan_rows(run: Run) -> list[tuple[str, str]]:
         ("memory", f"{kept.total() / 2**30:,.2f} GiB a rank for weights and optimizer, activations not counted"),
         (
             "compute",
-            f"{count(flops.useful())}FLOP a token, {count(flops.useful() * steps * train.global_batch * context)}FLOP at most",
+            f"{flops.useful():.3g} FLOP a token, {flops.useful() * steps * train.global_batch * context:.3g} at most",
         ),
     ]

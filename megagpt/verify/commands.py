@@ -30,7 +30,7 @@ class Verify:
     preset: tyro.conf.Positional[str] = "gpt3-125m"
     """Preset or run.toml whose structure is tried."""
     layouts: str = ""
-    """Layouts, with commas: data x pipeline x tensor, then /z0 to z3, /a1 ..., /sp, as in 2x2x2/z1/a3/sp. None: many."""
+    """Layouts, with commas: data x pipeline x tensor, then /z0 to z3, /a1 ..., /sp: 2x2x2/z1/a3/sp. None: many."""
     world: int = 8
     """Ranks at most, when no layout is named."""
     inject: str = ""
@@ -54,7 +54,9 @@ def run_verify(options: Verify) -> int:
     words = options.layouts.replace(",", " ").split()
     layouts = [parse(word) for word in words] or defaults(options.world)
     if not layouts:
-        raise UserError(f"--world {options.world} leaves no layout to try.", "Use --world 2 or more, or name --layouts.")
+        raise UserError(
+            f"--world {options.world} leaves no layout to try.", "Use --world 2 or more, or name --layouts."
+        )
     for layout in layouts:
         checked_layout(_run(preset, layout))
     results = []
@@ -89,7 +91,9 @@ def _try_faults(preset: config.Run, names: list[str], options: Verify) -> int:
         for word in options.layouts.replace(",", " ").split() or [fault.layout]:
             layout = parse(word)
             result = try_layout(faults.fitting(_run(preset, layout), name), str(layout), fault=name)
-            verdict = "caught and named" if result.kind == fault.kind else "NOT NAMED" if result.problem else "NOT CAUGHT"
+            verdict = (
+                "caught and named" if result.kind == fault.kind else "NOT NAMED" if result.problem else "NOT CAUGHT"
+            )
             unnamed += [] if result.kind == fault.kind else [name]
             print(f"{name} ({fault.summary}): {verdict}")
             print(f"  {result.layout}: {result.problem or 'everything agrees'}")

@@ -1,7 +1,7 @@
 """A layout's outcome against the fp64 truth: which tensor differs first, by how much, on which rank.
 
-The error of a tensor is ||found - true|| / ||true|| (Frobenius). Its bound has the form k C^d u that Megatron-LM's test
-of gradients across layouts takes from arXiv:2506.09280, theorem 5.3: each layer multiplies the error that comes in by
+The error of a tensor is ||found - true|| / ||true|| (Frobenius). Its bound has the form k C^d u that Megatron-LM's
+test of gradients across layouts takes from arXiv:2506.09280, theorem 5.3: each layer multiplies the error that comes in by
 at most a constant and adds its own, u = 2^-24 being fp32's unit roundoff. With k = 8, C = 2:
 
     activation of layer d (from 0)       k C^(d + 1) u
@@ -129,7 +129,8 @@ def _parts(run: Run, truth: Outcome, header: dict[str, Any], tensors: dict[str, 
 
 def _activation(run: Run, mesh: Mesh, name: str, whole: Tensor) -> tuple[Tensor, Box]:
     """What this rank should see of a module's output in its first micro-batch, and where that is (of cut features: the
-    first range)."""
+    first range).
+    """
     if whole.shape[0] == task.ROWS and whole.dim() > 2:
         first = mesh.data_rank * (task.ROWS // mesh.data)
         whole = whole[first : first + run.train.micro_batch]

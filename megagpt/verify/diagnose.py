@@ -1,9 +1,9 @@
 """What kind of fault a difference looks like, from the numbers alone.
 
-    activations differ      the forward pass: sums, slices, masks and biases leave different traces
-    gradients differ        a factor that fits all, or one tensor, or parts that were never added up
-    only norms differ       who took part in the sum of squares
-    only weights differ     a copy that was not updated
+activations differ      the forward pass: sums, slices, masks and biases leave different traces
+gradients differ        a factor that fits all, or one tensor, or parts that were never added up
+only norms differ       who took part in the sum of squares
+only weights differ     a copy that was not updated
 """
 
 from __future__ import annotations
@@ -68,7 +68,9 @@ def _activation(run: Run, truth: Outcome, finding: Finding) -> tuple[Kind, str]:
         return "other dropout mask", "elements are dropped that should stay, and the others are right"
     if _elsewhere(worst, truth.activations[finding.name]):
         return "wrong slice", "its values belong to other columns"
-    rows = (worst.found.double() - worst.true).flatten(0, -2).norm(dim=1) > CLOSE * worst.true.flatten(0, -2).norm(dim=1)
+    rows = (worst.found.double() - worst.true).flatten(0, -2).norm(dim=1) > CLOSE * worst.true.flatten(0, -2).norm(
+        dim=1
+    )
     if not rows.all():
         return "wrong slice", f"{int(rows.sum())} of {len(rows)} tokens have other values, the others are right"
     return "unknown", "every value differs"

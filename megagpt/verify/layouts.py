@@ -1,8 +1,8 @@
 """Layouts as `megagpt verify` names them: data x pipeline x tensor, and what else changes the arithmetic's order.
 
-    2x2x2          2 replicas of 2 stages of 2 tensor ranks, ZeRO 1, one micro-batch a step
-    1x1x8/z3/a4    ZeRO stage 3, 4 micro-batches a step
-    2x1x4/sp       sequence parallelism
+2x2x2          2 replicas of 2 stages of 2 tensor ranks, ZeRO 1, one micro-batch a step
+1x1x8/z3/a4    ZeRO stage 3, 4 micro-batches a step
+2x1x4/sp       sequence parallelism
 """
 
 from __future__ import annotations
@@ -63,7 +63,9 @@ def parse(text: str) -> Layout:
         elif option in ("sp", "offload"):
             flags.add(option)
         else:
-            raise UserError(f"'{option}' in the layout '{text}' means nothing.", "Options: z0 to z3, a1 ..., sp, offload.")
+            raise UserError(
+                f"'{option}' in the layout '{text}' means nothing.", "Options: z0 to z3, a1 ..., sp, offload."
+            )
     return Layout(
         data=data,
         pipeline=pipeline,

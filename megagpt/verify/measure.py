@@ -1,7 +1,7 @@
 """What one rank of a layout computes and holds, written down for the comparison: safetensors and json, no pickle.
 
-    rank-3.json           losses, norms, place in the grid, and for each stored tensor what it is
-    rank-3.safetensors    activations of the first micro-batch; gradients owned; weights and moments held
+rank-3.json           losses, norms, place in the grid, and for each stored tensor what it is
+rank-3.safetensors    activations of the first micro-batch; gradients owned; weights and moments held
 """
 
 from __future__ import annotations

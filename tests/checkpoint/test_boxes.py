@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -38,7 +39,7 @@ def test_a_range_of_a_matrix_is_at_most_three_boxes(case):
 def test_cutting_a_tensor_anywhere_tiles_it_and_a_missing_or_doubled_piece_does_not(shape, cuts):
     size = math.prod(shape)
     edges = sorted({0, size, *(cut for cut in cuts if cut < size)})
-    boxes = [box for a, b in zip(edges, edges[1:], strict=False) for box in of_range(shape, a, b - a)]
+    boxes = [box for a, b in itertools.pairwise(edges) for box in of_range(shape, a, b - a)]
     assert fault_in_tiling(shape, boxes) is None
     assert "elements are there" in (fault_in_tiling(shape, boxes[1:]) or "")
     assert "overlap" in (fault_in_tiling(shape, [*boxes, boxes[-1]]) or "")

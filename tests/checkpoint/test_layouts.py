@@ -87,7 +87,9 @@ def journey(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         for step, layout in enumerate(layouts):
             run = run_on(layout)
             before = state(root) if step else {}
-            found = on_ranks(lambda run=run, root=root, step=step: go_on(run, root, step), run.parallel.world_size(), folder)
+            found = on_ranks(
+                lambda run=run, root=root, step=step: go_on(run, root, step), run.parallel.world_size(), folder
+            )
             outcomes[name].append(found)
             if step and name == "moved":
                 again = state(root.parent / f"again-{step}")

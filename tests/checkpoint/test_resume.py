@@ -19,8 +19,8 @@ from megagpt.checkpoint.load import check_model, load, newest_valid, read_manife
 from megagpt.checkpoint.save import KINDS, save
 from megagpt.errors import UserError
 from megagpt.mesh import mesh_of
-from megagpt.parallel import ranks
 from megagpt.model import build
+from megagpt.parallel import ranks
 from tests.parallel.test_engine import MODEL, OPTIM, ROWS, part, rows, run_of
 from tests.ranks import on_ranks
 

@@ -2,18 +2,21 @@ from __future__ import annotations
 
 import io
 import tarfile
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-import webdataset
+from webdataset.compat import WebDataset
+from webdataset.writer import TarWriter
 
 from megagpt.data.shards import Shard, ShardEntry, open_shard, rebuilt_index
 from megagpt.data.tables import read_table, sha256_of
 from tests.data.conftest import random_documents
 
 U2 = np.dtype("<u2")
-DOCUMENTS = random_documents(seed=3, count=25, longest=30) + [np.arange(70, dtype=np.uint16)]
+DOCUMENTS = [*random_documents(seed=3, count=25, longest=30), np.arange(70, dtype=np.uint16)]
 TOKENS = np.concatenate(DOCUMENTS)
 
 
@@ -24,11 +27,12 @@ def write(folder: Path, name: str = "train-00000-00", dtype: np.dtype = U2, bloc
     return shard.entry(folder, name, "train")
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # webdataset leaves its file open
 @pytest.mark.parametrize("dtype", ["<u2", "<u4"])
 def test_stock_webdataset_reads_the_same_tokens(tmp_path: Path, dtype: str) -> None:
     entry = write(tmp_path, dtype=np.dtype(dtype))
-    dataset = webdataset.WebDataset(str(tmp_path / f"{entry.name}.tar"), shardshuffle=False).decode()
-    blocks = list(dataset)
+    dataset = WebDataset(str(tmp_path / f"{entry.name}.tar"), shardshuffle=False)
+    blocks: list[dict[str, Any]] = list(dataset.decode())  # type: ignore[call-overload]
     assert len(blocks) == entry.blocks
     assert [block["__key__"] for block in blocks] == [f"{number:09d}" for number in range(len(blocks))]
     assert blocks[0]["tokens.npy"].dtype == dtype
@@ -47,7 +51,7 @@ def test_a_block_holds_whole_documents_and_a_longer_one_has_its_own(tmp_path: Pa
         ]
     assert lengths[-1] == [70]
     assert all(sum(block) <= 40 for block in lengths[:-1])
-    assert all(sum(block) + following[0] > 40 for block, following in zip(lengths, lengths[1:], strict=False))
+    assert all(sum(block) + following[0] > 40 for block, following in pairwise(lengths))
 
 
 def test_the_tar_is_plain_ustar_with_fixed_times_and_owners(tmp_path: Path) -> None:
@@ -88,7 +92,7 @@ def test_no_index_is_made_of_a_tar_that_is_cut_or_of_another_kind(tmp_path: Path
     tar.write_bytes(tar.read_bytes()[:3000])
     with pytest.raises(ValueError, match="is not a shard of whole blocks"):
         rebuilt_index(tar)
-    with webdataset.TarWriter(str(tmp_path / "other.tar")) as writer:
+    with TarWriter(str(tmp_path / "other.tar")) as writer:
         writer.write({"__key__": "0", "txt": "text"})
     with pytest.raises(ValueError, match=r"member 0\.txt stands where a \.doclens\.npy belongs"):
         rebuilt_index(tmp_path / "other.tar")

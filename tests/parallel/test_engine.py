@@ -34,7 +34,9 @@ def run_of(*, zero_stage: int, data: int, micro_batch: int, precision: str = "fp
 
 def rows(step: int) -> Batch:
     """The global batch of a step, with unequal numbers of targets a row."""
-    tokens = torch.randint(0, MODEL.vocabulary, (ROWS, MODEL.context + 1), generator=torch.Generator().manual_seed(step))
+    tokens = torch.randint(
+        0, MODEL.vocabulary, (ROWS, MODEL.context + 1), generator=torch.Generator().manual_seed(step)
+    )
     targets = tokens[:, 1:].clone()
     for row in range(ROWS):
         targets[row, : 2 * row] = IGNORE
@@ -152,7 +154,7 @@ def check(case: list[dict[str, Any]], truth: dict[str, Any], precision: str) -> 
     weights = weights_of(case)
     for name, expected in truth["weights"].items():
         error = (weights[name].double() - expected).abs().max()
-        # Where a gradient is nearly zero Adam divides rounding by rounding: a step is bounded by the rate all the same.
+        # Where a gradient is nearly zero Adam divides rounding by rounding; a step is bounded by the rate even so.
         bound = 2 * STEPS * OPTIM.lr if precision != "fp32" else TOLERANCE["fp32"]
         assert error <= bound, f"{name} is off by {error}"
 

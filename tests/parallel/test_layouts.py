@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from megagpt import config
-
 from megagpt.verify.layouts import EIGHT, SMALL, parse
 from megagpt.verify.task import run_of
 from megagpt.verify.trial import try_layout
@@ -59,5 +58,3 @@ def test_an_optimizer_on_the_cpu_takes_the_same_steps(layout):
 @pytest.mark.parametrize("preset", [LEARNED_TIED, ROTARY_UNTIED])
 def test_eight_ranks_in_any_layout_compute_what_one_process_does(preset, layout):
     check(preset, layout)
-
-

@@ -23,10 +23,7 @@ def largest(model: Model, bounds: list[int]) -> tuple[float, int]:
 def test_no_other_cut_has_a_smaller_largest_stage(layers, stages, vocabulary, window):
     model = Model(layers=layers, width=64, heads=4, vocabulary=vocabulary, context=64, window=window)
     stages = min(stages, layers)
-    every = [
-        [0, *inner, layers + 2]
-        for inner in itertools.combinations(range(1, layers + 2), stages - 1)
-    ]
+    every = [[0, *inner, layers + 2] for inner in itertools.combinations(range(1, layers + 2), stages - 1)]
     bounds = stage_bounds(model, stages)
     assert bounds in every
     assert largest(model, bounds)[0] == pytest.approx(min(largest(model, other)[0] for other in every), rel=1e-12)

@@ -15,7 +15,15 @@ from megagpt.verify.measure import measure
 from megagpt.verify.reference import compute
 from megagpt.verify.task import run_of
 
-LAYOUTS = ["1x1x2/z0/a1", "1x1x2/z1/a3/sp", "2x1x2/z2/a1", "2x1x2/z3/a3", "1x2x1/z0/a3", "2x2x1/z1/a3", "1x2x2/z1/a3/sp"]
+LAYOUTS = [
+    "1x1x2/z0/a1",
+    "1x1x2/z1/a3/sp",
+    "2x1x2/z2/a1",
+    "2x1x2/z3/a3",
+    "1x2x1/z0/a3",
+    "2x2x1/z1/a3",
+    "1x2x2/z1/a3/sp",
+]
 ROUNDINGS = 16  # unit roundoffs that a tensor of a four-layer model may be off by
 UNIT = {"bf16": 2.0**-8, "fp16": 2.0**-11}
 

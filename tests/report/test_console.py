@@ -81,6 +81,14 @@ def test_skipped_steps_are_counted_with_the_loss_scale():
     assert step_line(records, steps=9, seconds_left=1.0).plain.endswith("1 skipped, loss scale 32,768")
 
 
+def test_a_line_is_about_the_steps_since_the_line_before_alone():
+    stream = io.StringIO()
+    with Console(steps=30, total_tokens=30_000, every=10, stream=stream) as console:
+        for step in range(1, 31):
+            console.step(a_step(step, skipped=step == 12, loss_scale=1.0))
+    assert ["skipped" in line for line in stream.getvalue().splitlines()] == [False, False, True, False]
+
+
 def test_a_plan_is_aligned_and_at_most_fifteen_lines():
     assert plan_lines([("model", "a"), ("data order", "b")]) == ["  model       a", "  data order  b"]
     with pytest.raises(ValueError, match="15"):

@@ -1,19 +1,13 @@
-"""What the commands on runs do: options as dataclasses (their docstrings are the help), and one function each.
-
-Nothing heavy is imported before it is needed, so that `--help` and mistakes answer at once.
-"""
+"""`megagpt train`: check everything, prepare the run's folder, and train."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import tyro
 
 from megagpt import config
 from megagpt.checks import check_world, checked, costs_of
@@ -40,7 +34,7 @@ def train_defaults(preset: str) -> Train:
 
 
 def run_train(options: Train, *, preset: str = "") -> int:
-    """Check the run, prepare its folder and train: on the ranks of a launcher, or on local ones started here."""
+    """Train on the ranks of a launcher, or on local ones started here; then, there, write samples and the report."""
     from megagpt.parallel import ranks
 
     run = checked(config.Run(**_fields(options)))
@@ -50,15 +44,45 @@ def run_train(options: Train, *, preset: str = "") -> int:
         for cost in costs_of(run):
             print(f"megagpt: warning: {cost}", file=sys.stderr)
     if preset == "quickstart":
-        _quickstart_corpora(run)
+        ensure_quickstart_corpora(run)
     prepare(run, options.out, write=not options.dry_run and ranks.rank() == 0)
     if options.dry_run:
+        show_plan(run, options.out)
         return 0
     if ranks.launched():
         _fit(run, options.out)
         return 0
     status = ranks.run_local(lambda: _fit(run, options.out), run.parallel.world_size())
+    if status == 0:
+        finish(run, options.out)
     return status
+
+
+def show_plan(run: config.Run, out: Path) -> None:
+    """Print what the run would do."""
+    from megagpt.report.console import plan_lines
+    from megagpt.report.plan import plan_rows
+
+    print("\n".join([str(out), *plan_lines(plan_rows(run))]))
+
+
+def finish(run: config.Run, out: Path) -> None:
+    """Sample a few texts from the newest checkpoint, and write the report."""
+    from megagpt.commands.generate import write_samples
+    from megagpt.report.html import write_report
+
+    if run.report.samples:
+        write_samples(out, run.report.samples)
+    print(f"report: {write_report(out)}")
+
+
+def ensure_quickstart_corpora(run: config.Run) -> None:
+    """The quickstart reads the demo's corpora; whoever has not run the demo gets them now."""
+    from megagpt.commands.demo import build_corpora
+
+    missing = [Path(folder) for folder in run.data.mixture if not Path(folder, "manifest.json").exists()]
+    if missing:
+        build_corpora(missing[0].parent, vocabulary=run.model.vocabulary)
 
 
 def _fields(tree: config.Run) -> dict[str, Any]:
@@ -72,15 +96,6 @@ def _fit(run: config.Run, out: Path) -> None:
     fit(run, out)
 
 
-def _quickstart_corpora(run: config.Run) -> None:
-    """The quickstart reads the demo's corpora; whoever has not run the demo gets them now."""
-    from megagpt.demo import build_corpora
-
-    missing = [folder for folder in run.data.mixture if not Path(folder).exists()]
-    if missing:
-        build_corpora(Path(missing[0]).parent, vocabulary=run.model.vocabulary)
-
-
 def prepare(run: config.Run, out: Path, *, write: bool) -> None:
     """Everything that can be refused before a rank starts; then, with `write`, the run's folder with run.toml in it.
 
@@ -92,8 +107,8 @@ def prepare(run: config.Run, out: Path, *, write: bool) -> None:
     first = open_mixture(run.data.mixture)[0]
     if first.manifest.vocabulary > run.model.vocabulary:
         raise UserError(
-            f"model.vocabulary = {run.model.vocabulary:,} is less than the {first.manifest.vocabulary:,} tokens of the "
-            f"tokenizer of {first.folder}.",
+            f"model.vocabulary = {run.model.vocabulary:,} is less than the {first.manifest.vocabulary:,} tokens of "
+            f"the tokenizer of {first.folder}.",
             f"Use --model.vocabulary {-(-first.manifest.vocabulary // 64) * 64}.",
         )
     _refuse_other_model(run, out)
@@ -118,52 +133,3 @@ def _refuse_other_model(run: config.Run, out: Path) -> None:
     with torch.device("meta"):
         gpt = build(run.model)
     check_model(read_manifest(newest), {name: tuple(p.shape) for name, p in gpt.named_parameters()})
-
-
-@dataclass(frozen=True, kw_only=True)
-class Eval:
-    """The loss of a run's newest checkpoint on held-out documents."""
-
-    run: tyro.conf.Positional[Path]
-    """Folder of the run."""
-    corpus: tuple[Path, ...] = ()
-    """Corpora to evaluate on; none given: those of the run's mixture."""
-    sequences: int = 256
-    """Held-out sequences of each corpus."""
-    json: bool = False
-    """Print one JSON object instead of a table."""
-
-
-def run_eval(options: Eval) -> int:
-    """Print loss, perplexity and bits per byte on each corpus."""
-    from megagpt.data.corpus import open_corpus
-    from megagpt.evaluate import evaluate_corpus
-    from megagpt.trained import default_device, open_trained
-
-    trained = open_trained(options.run)
-    corpora = [open_corpus(folder) for folder in options.corpus or map(Path, trained.run.data.mixture)]
-    for corpus in corpora:
-        trained.refuse_other_tokenizer(corpus)
-    device = default_device()
-    gpt = trained.model(device)
-    results = [
-        evaluate_corpus(
-            lambda batch: gpt(batch.to(device)),
-            corpus,
-            sequences=options.sequences,
-            context=trained.run.model.context,
-            micro_batch=trained.run.train.micro_batch,
-            data=trained.run.data,
-        )
-        for corpus in corpora
-    ]
-    if options.json:
-        print(json.dumps({"step": trained.step, "evaluations": [dataclasses.asdict(item) for item in results]}))
-        return 0
-    print(f"{options.run}, step {trained.step:,}")
-    for item in results:
-        print(
-            f"  {item.corpus:<16} loss {item.loss:.4f}  perplexity {item.perplexity:,.2f}  "
-            f"{item.bits_per_byte:.4f} bits per byte  ({item.sequences:,} sequences, {item.tokens:,} tokens)"
-        )
-    return 0
