@@ -21,9 +21,8 @@ For M micro-batches of B rows, x = B T D w bytes of activations, w bytes a numbe
                be kept (100,000 numbers), else up to 2 M P w
 
 An all-reduce of 4 a block: two forward (after attention and feed-forward), two backward. r: with full recomputation
-one more a block, the sum after attention; the sum after the feed-forward is needed by nothing that is recomputed. Queries'
-and keys' norms and repeated key and value heads add the all-reduce of their gradients. docs/parallel.md has
-examples.
+one more a block, the sum after attention; the sum after the feed-forward is needed by nothing that is recomputed. The
+norms of queries and keys, and repeated key and value heads, add the all-reduce of their gradients.
 
 Letters: B rows of a micro-batch, T tokens, D width, G key and value heads, K head width, P parameters of the rank's
 part with padding.

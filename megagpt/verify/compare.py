@@ -1,8 +1,8 @@
 """A layout's outcome against the fp64 truth: which tensor differs first, by how much, on which rank.
 
 The error of a tensor is ||found - true|| / ||true|| (Frobenius). Its bound has the form k C^d u that Megatron-LM's
-test of gradients across layouts takes from arXiv:2506.09280, theorem 5.3: each layer multiplies the error that comes in by
-at most a constant and adds its own, u = 2^-24 being fp32's unit roundoff. With k = 8, C = 2:
+test of gradients across layouts takes from arXiv:2506.09280, theorem 5.3: each layer multiplies the error that comes
+in by at most a constant and adds its own, u = 2^-24 being fp32's unit roundoff. With k = 8, C = 2:
 
     activation of layer d (from 0)       k C^(d + 1) u
     gradient of layer d of L + 2         k C^(L + 2) u (2 - d / (L + 2))       through all layers, and back to d
