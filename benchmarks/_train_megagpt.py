@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 
 import torch
@@ -41,7 +42,7 @@ def work(task: Task) -> None:
         batch = Batch(tokens[:, :-1], tokens[:, 1:], None, samples_B)
         return engine.train_batch([batch], lr=task.lr).loss
 
-    parameters = sum(parameter.numel() for parameter in engine.module.parameters())
+    parameters = sum(math.prod(shape) for shape in engine.shapes().values())
     serve(task, step, parameters=parameters, packages=("torch", "deepspeed"))
 
 

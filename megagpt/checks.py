@@ -4,6 +4,9 @@ and what to do instead.
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+import math
 from collections.abc import Iterable
 
 from megagpt.config import Data, Model, Optim, Parallel, Run, Train
@@ -22,6 +25,14 @@ def checked(run: Run) -> Run:
     _at_least("checkpoint.keep", run.checkpoint.keep, 1)
     _at_least("report.every", run.report.every, 1)
     _at_least("report.samples", run.report.samples, 0)
+    return run
+
+
+def checked_layout(run: Run) -> Run:
+    """`run` itself, if its model can be cut as it says, whatever else it lacks. Raises UserError if not."""
+    _check_model(run.model)
+    _check_train(run.train, run.parallel)
+    _check_parallel(run.parallel, run.model)
     return run
 
 
@@ -59,6 +70,7 @@ def _check_train(train: Train, parallel: Parallel) -> None:
     if train.steps is not None:
         _at_least("train.steps", train.steps, 1)
     _at_least("train.eval_every", train.eval_every, 0)
+    _at_least("train.guard_every", train.guard_every, 0)
     group = train.micro_batch * parallel.data
     if group > 0 and train.global_batch % group:
         raise UserError(
@@ -122,12 +134,83 @@ def _check_parallel(parallel: Parallel, model: Model) -> None:
             f"parallel.pipeline = {parallel.pipeline} stages are more than model.layers = {model.layers}.",
             f"Use at most {model.layers}.",
         )
-    for name in ("pipeline", "tensor"):
-        if (size := getattr(parallel, name)) > 1:
+    if parallel.offload and (parallel.zero_stage == 0 or parallel.pipeline > 1):
+        raise UserError(
+            "parallel.offload needs optimizer state cut by ZeRO and a model of one stage: parallel.zero_stage is "
+            f"{parallel.zero_stage} and parallel.pipeline {parallel.pipeline}.",
+            "Use parallel.zero_stage 1, 2 or 3 with parallel.pipeline 1, or no parallel.offload.",
+        )
+    _check_tensor(parallel, model)
+
+
+def _check_tensor(parallel: Parallel, model: Model) -> None:
+    """What tensor ranks share must divide evenly; the vocabulary is padded, and key and value heads are repeated."""
+    shared = {"model.heads": model.heads, "the feed-forward width": model.feed_forward_width()}
+    if parallel.sequence_parallel:
+        shared["model.context (with parallel.sequence_parallel)"] = model.context
+    for name, size in shared.items():
+        if size % parallel.tensor:
             raise UserError(
-                f"parallel.{name} = {size}: this version trains with data parallelism and ZeRO only.",
-                f"Use parallel.{name} 1 and parallel.data {parallel.world_size()} with parallel.zero_stage 3.",
+                f"{name} = {size:,} cannot be cut over parallel.tensor = {parallel.tensor} ranks.",
+                f"Use parallel.tensor {_divisors_near(math.gcd(*shared.values()), parallel.tensor)}"
+                f"{_or_layouts(parallel, model)}.",
             )
+
+
+def _or_layouts(parallel: Parallel, model: Model) -> str:
+    """The nearest ways to use as many ranks, in words that follow a first remedy."""
+    near = nearest_layouts(parallel, model, parallel.world_size())
+    return f", or of {parallel.world_size()} ranks data x pipeline x tensor = {' or '.join(near)}" if near else ""
+
+
+def nearest_layouts(parallel: Parallel, model: Model, world: int) -> list[str]:
+    """Up to three legal layouts of `world` ranks, as data x pipeline x tensor, the likest to `parallel` first."""
+    found = []
+    for tensor, pipeline in itertools.product(range(1, world + 1), repeat=2):
+        if world % (tensor * pipeline):
+            continue
+        layout = dataclasses.replace(parallel, data=world // (tensor * pipeline), pipeline=pipeline, tensor=tensor)
+        if pipeline <= model.layers and _cuts(layout, model) and not (pipeline > 1 and layout.zero_stage > 1):
+            changes = [
+                abs(math.log2(getattr(layout, axis) / getattr(parallel, axis)))
+                for axis in ("tensor", "pipeline", "data")
+            ]
+            found.append((sum(changes), changes, f"{layout.data} x {pipeline} x {tensor}"))
+    return [words for _, _, words in sorted(found)[:3]]
+
+
+def _cuts(parallel: Parallel, model: Model) -> bool:
+    sizes = [model.heads, model.feed_forward_width()] + ([model.context] if parallel.sequence_parallel else [])
+    return all(size % parallel.tensor == 0 for size in sizes)
+
+
+def check_world(run: Run, world: int) -> None:
+    """Raise UserError, with the nearest layouts that fit, unless a launcher's number of ranks is the layout's."""
+    parallel = run.parallel
+    if world == parallel.world_size():
+        return
+    near = nearest_layouts(parallel, run.model, world)
+    group = parallel.pipeline * parallel.tensor
+    raise UserError(
+        f"the launcher started {world:,} ranks, and parallel.data x pipeline x tensor = {parallel.data} x "
+        f"{parallel.pipeline} x {parallel.tensor} = {parallel.world_size():,}.",
+        f"Start a multiple of {group} ranks and set parallel.data to match"
+        + (f"; {world:,} ranks fit {' or '.join(near)}." if near else "."),
+    )
+
+
+def costs_of(run: Run) -> list[str]:
+    """What is legal but wastes something, and how much: a sentence each."""
+    parallel, train = run.parallel, run.train
+    found = []
+    micro_batches = train.global_batch // (train.micro_batch * parallel.data)
+    if micro_batches < parallel.pipeline:
+        bubble = (parallel.pipeline - 1) / (micro_batches + parallel.pipeline - 1)
+        found.append(
+            f"a step has {micro_batches} micro-batches for parallel.pipeline = {parallel.pipeline} stages, which are "
+            f"then idle {bubble:.0%} of the time; less with a lower train.micro_batch or a higher train.global_batch."
+        )
+    return found
 
 
 def _check_data(data: Data) -> None:

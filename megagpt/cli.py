@@ -113,6 +113,12 @@ def import_(words: list[str]) -> int:
     return run_import(_parse(Import, "import", words))
 
 
+def verify(words: list[str]) -> int:
+    from megagpt.verify.commands import Verify, run_verify
+
+    return run_verify(_parse(Verify, "verify", words))
+
+
 def data_build(words: list[str]) -> int:
     from megagpt.data.commands import Build, run_build
 
@@ -170,6 +176,7 @@ COMMANDS = {
     "data verify": Command(data_verify, "check every hash of a corpus", "megagpt data verify corpora/web"),
     "export": Command(export, "write a Hugging Face folder", "megagpt export runs/first --to hf/first"),
     "import": Command(import_, "start a run from a Hugging Face folder", "megagpt import hf/gpt2 --out runs/gpt2"),
+    "verify": Command(verify, "prove that every layout computes the same", "megagpt verify gpt3-125m --world 8"),
     "report": Command(report, "write a run's report.html again", "megagpt report runs/first"),
     "doctor": Command(doctor, "check this machine, with a remedy for each finding", "megagpt doctor"),
 }

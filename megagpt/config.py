@@ -128,6 +128,10 @@ class Parallel:
     """Ranks sharing every matrix multiply. Keep it inside one node."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """What data-parallel ranks shard: 1 optimizer state, 2 also gradients, 3 also weights."""
+    sequence_parallel: bool = False
+    """Tensor ranks also share the tokens in norms, dropout and residuals: less memory, the same traffic."""
+    offload: bool = False
+    """Keep masters and moments in the CPU's memory and update there; needs zero_stage 1 to 3 and pipeline 1."""
 
     def world_size(self) -> int:
         return self.data * self.pipeline * self.tensor
@@ -189,6 +193,8 @@ class Train:
     """Steps between two evaluations on the held-out documents; 0: none until the end."""
     eval_sequences: int = 256
     """Held-out sequences of one evaluation."""
+    guard_every: int = 100
+    """Steps between two checks that ranks which must read the same batch, or hold the same weights, do; 0: none."""
 
     def batch_at(self, tokens: int) -> int:
         """Sequences of the step that begins after `tokens` tokens: the ramp is linear in tokens, in increments."""

@@ -130,6 +130,26 @@ def flops_per_token(model: Model, recompute: Recompute = "none", documents: Sequ
     return Flops(forward=forward, backward=2 * forward, recomputed=recomputed)
 
 
+def layer_flops(model: Model) -> list[float]:
+    """Forward FLOPs of one token in each layer [embedding, *blocks, head]; a look-up costs none."""
+    D, H, K, N = model.width, model.feed_forward_width(), model.head_width(), model.heads
+    projections = 2.0 * D * K * (N + 2 * model.key_value_heads()) + 2.0 * N * K * D
+    feed_forward = 2.0 * D * H * (2 if model.feed_forward == "gelu" else 3)
+    blocks = []
+    for layer in range(model.layers):
+        visible = visible_pairs(model.context, model.layer_window(layer)) / model.context
+        blocks.append(projections + 4.0 * N * K * visible + feed_forward)
+    return [0.0, *blocks, 2.0 * D * model.vocabulary]
+
+
+def layer_parameters(model: Model) -> list[int]:
+    """Parameters that each layer [embedding, *blocks, head] keeps where it is alone: a tied head has its own copy."""
+    found, last_norm = parameters(model), model.width * (2 if model.norm == "layernorm" else 1)
+    block = (found.attention + found.feed_forward + found.norms - last_norm) // model.layers
+    head = model.vocabulary * model.width + last_norm
+    return [found.embedding + found.positions, *[block] * model.layers, head]
+
+
 def mfu(flops: Flops, *, tokens_per_s: float, peak_flops_per_s: float) -> float:
     """Model FLOPs utilisation: the share of the peak of all devices together that goes into useful products."""
     return flops.useful() * tokens_per_s / peak_flops_per_s

@@ -92,8 +92,7 @@ class Attention(nn.Module):
     def forward(
         self, x_BTD: Tensor, document_start_BT: Tensor | None, samples_B: Tensor, cache: KeyValueCache | None = None
     ) -> Tensor:
-        B, T, _ = x_BTD.shape
-        qkv = self.query_key_value(x_BTD).view(B, T, -1, self.head_width)
+        qkv = self.query_key_value(x_BTD).unflatten(-1, (-1, self.head_width))
         q_BTNK, k_BTGK, v_BTGK = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
         if self.query_norm is not None and self.key_norm is not None:
             q_BTNK, k_BTGK = self.query_norm(q_BTNK), self.key_norm(k_BTGK)
@@ -101,7 +100,7 @@ class Attention(nn.Module):
             self.rotary_base is not None
         ):  # places in the row: attention stays in a document, where only their gaps count
             first = 0 if cache is None else cache.length
-            place = torch.arange(first, first + T, device=x_BTD.device)
+            place = torch.arange(first, first + qkv.shape[1], device=x_BTD.device)
             q_BTNK, k_BTGK = self.ops.rotary(q_BTNK, k_BTGK, place, self.rotary_base)
         if cache is not None:
             k_BTGK, v_BTGK = cache.append(k_BTGK, v_BTGK)

@@ -41,15 +41,19 @@ class Mask:
     """64 bits that no other dropout of the model has."""
     samples_B: Tensor
     """int64: the number of each sequence in the run's stream of samples."""
+    first_token: int = 0
+    """The position of the first row that is at hand, where a rank has a part of the tokens."""
+    first_head: int = 0
+    """The number of the first head that is at hand, where a rank has a part of the heads."""
 
     def keep_BNTC(self, heads: int, tokens: int, columns: int) -> Tensor:
         """True where an element stays."""
         device = self.samples_B.device
         counter = (
             torch.arange(-(-columns // 4), device=device),
-            torch.arange(tokens, device=device)[:, None],
+            torch.arange(self.first_token, self.first_token + tokens, device=device)[:, None],
             (self.samples_B & WORD)[:, None, None, None],
-            torch.arange(heads, device=device)[:, None, None],
+            torch.arange(self.first_head, self.first_head + heads, device=device)[:, None, None],
         )
         dropped = round(self.rate * (WORD + 1))
         kept = torch.stack([word >= dropped for word in philox(counter, self.key)], dim=-1)

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,9 @@ def step(run: Run, engine: Engine, progress: Progress, batches: Iterator[list[Ba
     size = run.train.batch_at(progress.tokens(context))
     tokens = progress.tokens(context) + size * context
     lr = learning_rate(run.optim, tokens=tokens, total_tokens=run.train.tokens)
-    done = engine.train_batch(micro_batches, lr=lr)
+    if _due(progress.step, run.train.guard_every):
+        engine.check_agreement(micro_batches)
+    done = engine.train_batch(micro_batches, lr=lr, count=size // (run.train.micro_batch * engine.mesh.data))
     progress.step += 1
     progress.cursor = progress.cursor.advanced(size)
     seconds = time.perf_counter() - began
@@ -129,6 +132,7 @@ def evaluate(run: Run, engine: Engine, progress: Progress, corpora: list[Corpus]
             data=run.data,
             data_rank=engine.mesh.data_rank,
             data_ranks=engine.mesh.data,
+            counts=engine.mesh.reports,
         )
         journal.evaluation(result, step=progress.step, tokens=progress.tokens(run.model.context))
 
@@ -208,7 +212,12 @@ def _same_stream(cursor: Cursor, run: Run) -> Cursor:
     return cursor
 
 
-def _batches(run: Run, corpora: list[Corpus], progress: Progress, engine: Engine) -> Prefetched[list[Batch]]:
+def _batches(
+    run: Run, corpora: list[Corpus], progress: Progress, engine: Engine
+) -> Prefetched[list[Batch]] | Generator[list[Batch], None, None]:
+    """The replica's micro-batches of each step; none on a rank between the first and the last stage."""
+    if not engine.mesh.reads_data:
+        return ([] for _ in itertools.repeat(None))
     context = run.model.context
     return train_batches(
         corpora,

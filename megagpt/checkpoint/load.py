@@ -138,12 +138,8 @@ def load(manifest: Manifest, held: Sequence[Slice]) -> None:
     """Fill `held` with the checkpoint's state. The caller has checked the files and the model."""
     readers = _Readers()
     for part in held:
-        position = 0
-        for box in boxes.of_range(part.shape, part.start, part.weight.numel()):
-            for kind in KINDS:
-                target = getattr(part, kind)[position : position + box.elements()].view(box.size)
-                _fill(target, box, kind, manifest.stored[part.name], readers)
-            position += box.elements()
+        for kind in KINDS:
+            _fill(getattr(part, kind), part.box, kind, manifest.stored[part.name], readers)
 
 
 def weights(manifest: Manifest) -> Iterator[tuple[str, Tensor]]:

@@ -60,18 +60,13 @@ def _write_part(folder: Path, owned: Sequence[Slice], rank: int) -> None:
     size = sum(part.weight.numel() for part in owned) * 4 * len(KINDS)
     require_space(folder, size + 2**20, "a checkpoint")
     tensors, index = {}, []
-    for part in owned:
-        position = 0
-        for box in boxes.of_range(part.shape, part.start, part.weight.numel()):
-            keys = {}
-            for kind in KINDS:
-                keys[kind] = f"{kind}/{part.name}/{len(index)}"
-                flat = getattr(part, kind)[position : position + box.elements()]
-                tensors[keys[kind]] = flat.detach().view(box.size).to("cpu", torch.float32).contiguous()
-            index.append(
-                {"tensor": part.name, "shape": part.shape, "start": box.start, "size": box.size, "keys": keys}
-            )
-            position += box.elements()
+    for number, part in enumerate(owned):
+        keys = {kind: f"{kind}/{part.name}/{number}" for kind in KINDS}
+        for kind, key in keys.items():
+            tensors[key] = getattr(part, kind).detach().to("cpu", torch.float32).contiguous()
+        index.append(
+            {"tensor": part.name, "shape": part.shape, "start": part.box.start, "size": part.box.size, "keys": keys}
+        )
     path = folder / f"rank-{rank:05d}.safetensors"
     with whole(path) as temporary:
         safetensors.torch.save_file(tensors, temporary)

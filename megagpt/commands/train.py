@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megagpt import config
-from megagpt.checks import checked
+from megagpt.checks import check_world, checked, costs_of
 from megagpt.errors import UserError
 from megagpt.files import whole
 
@@ -37,6 +38,11 @@ def run_train(options: Train, *, preset: str = "") -> int:
     from megagpt.parallel import ranks
 
     run = checked(config.Run(**_fields(options)))
+    if ranks.launched():
+        check_world(run, ranks.world_size())
+    if ranks.rank() == 0:
+        for cost in costs_of(run):
+            print(f"megagpt: warning: {cost}", file=sys.stderr)
     if preset == "quickstart":
         ensure_quickstart_corpora(run)
     prepare(run, options.out, write=not options.dry_run and ranks.rank() == 0)

@@ -1,17 +1,20 @@
-"""One face for DeepSpeed: train on a step's micro-batches, evaluate, and reach the optimizer's state by global name.
+"""One face for both of DeepSpeed's engines: train on a step's micro-batches, evaluate, and reach the optimizer's state
+by global name.
 
 The loss is the mean over all unmasked target tokens of the global batch, however they fall on micro-batches and ranks:
 
-    loss = sum over ranks and micro-batches of (sum of token losses)  /  (unmasked tokens of the global batch)
+    loss = sum over replicas and micro-batches of (sum of token losses)  /  (unmasked tokens of the global batch)
 
-DeepSpeed averages gradients over the data-parallel ranks, so each micro-batch's sum is scaled by ranks / tokens.
+DeepSpeed averages gradients over the data-parallel ranks, so each micro-batch's sum is scaled by replicas / tokens.
+The global norm of the gradient is summed over the elements that ranks own, each of them one element of the model; the
+clipping by it happens in AdamW's hook, the same on every ZeRO stage and layout.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +24,11 @@ from torch import Tensor, nn
 
 from megagpt.config import Optim, Run
 from megagpt.data.batch import IGNORE, Batch
-from megagpt.mesh import Mesh
-from megagpt.model import GPT, build, initial_value, initialise
-from megagpt.parallel import ranks, state
+from megagpt.mesh import Groups, Mesh, groups_of
+from megagpt.parallel import guard, ranks, state
+from megagpt.parallel.pipeline import Pipeline, stage_bounds
+from megagpt.parallel.place import Part, Placed, part_of, whole_shapes
+from megagpt.parallel.whole import Axes, Whole
 from megagpt.parallel.zero import deepspeed_config
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -46,74 +51,94 @@ class Step:
 
 
 class Engine:
-    """A GPT under DeepSpeed's ZeRO 0-3."""
+    """A GPT under DeepSpeed, on any layout."""
 
     def __init__(self, run: Run, mesh: Mesh) -> None:
-        """Build the model of `run` on this rank, with the weights that its seed gives, and its optimizer."""
-        deepspeed = ranks.import_deepspeed()
+        """Build this rank's part of the model of `run`, with the weights that its seed gives, and its optimizer."""
+        ranks.import_deepspeed()
         self.mesh = mesh
+        self.groups = groups_of(mesh)
         self.device = torch.device("cuda", torch.cuda.current_device()) if ranks.gpu_present() else torch.device("cpu")
+        self._shapes = whole_shapes(run.model)
+        self._tied = run.model.tied
+        self._clip = _Clip(run.optim)
         config = deepspeed_config(run)
-        gpt = _build(run, config, self.device)
-        with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints memory reports that nobody asked for
-            self._engine, _, _, _ = deepspeed.initialize(
-                model=gpt, optimizer=_adamw(gpt, run.optim), config=config, dist_init_required=False
-            )
-        self._clip_norm = run.optim.clip_norm
-        self._half = run.train.precision != "fp32"
+        self._part = part = _part(run, mesh, self.groups, config, self.device)
+        self.placed = part.placed
+        optimizer = _adamw(part.placed, run.optim, self._clip)
+        with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints reports that nobody asked for
+            if mesh.pipeline > 1:
+                self._driver = Pipeline(part, run.model, mesh, self.groups, config=config, optimizer=optimizer)
+            else:
+                self._driver = Whole(part.gpt(), mesh, self.groups, config=config, optimizer=optimizer)
+        self._engine: Any = self._driver.engine
         state.create(self._engine)
 
-    @property
-    def module(self) -> GPT:
-        return self._engine.module
+    def train_batch(
+        self,
+        micro_batches: Sequence[Batch],
+        *,
+        lr: float,
+        count: int | None = None,
+        observe: Callable[[list[state.Gradient]], None] | None = None,
+    ) -> Step:
+        """One optimizer step on this replica's micro-batches, of which there is at least one. Every rank must call it.
 
-    def train_batch(self, micro_batches: Sequence[Batch], *, lr: float) -> Step:
-        """One optimizer step on this rank's micro-batches, of which there is at least one. Every rank must call it."""
+        A rank for which `mesh.reads_data` is false passes none, and their number as `count`. `observe` gets the
+        gradients that this rank answers for, before clipping.
+        """
         batches = [batch.to(self.device) for batch in micro_batches]
-        counts = torch.stack([(batch.targets_BT != IGNORE).sum() for batch in batches])
-        tokens = self._sum_over_ranks(counts.sum())
-        for group in self._engine.optimizer.param_groups:
+        tokens = self._over_replicas(sum((_targets(batch) for batch in batches), self._zero()))
+        for group in state.adamw(self._engine).param_groups:
             group["lr"] = lr
         loss_scale, own_scale = state.loss_scale(self._engine), state.own_scale(self._engine)
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
-        self._engine.train()
-        for index, batch in enumerate(batches):
-            self._engine.set_gradient_accumulation_boundary(index == len(batches) - 1)
-            loss = self._engine(batch)
-            self._engine.backward(loss * (own_scale * self.mesh.data / tokens), scale_wrt_gas=False)
-            loss_sum += loss.detach().double()
-            if index < len(batches) - 1:
-                self._engine.step()
-        grad_norm = self._fp32_grad_norm()
-        self._engine.step()
-        if grad_norm is None:
-            grad_norm = float(self._engine.get_global_grad_norm()) / own_scale
-        total = self._sum_over_ranks(loss_sum)
+        loss_sum = self._driver.train(
+            batches,
+            count or len(batches),
+            scale=own_scale * self.mesh.data / float(tokens),
+            before_step=lambda: self._before_step(loss_scale, observe),
+        )
         return Step(
-            loss=float(total / tokens),
-            grad_norm=grad_norm,
+            loss=float(self._over_replicas(loss_sum) / tokens),
+            grad_norm=self._clip.norm,
             tokens=int(tokens),
             skipped=self._engine.fp16_enabled() and bool(self._engine.optimizer.overflow),
             loss_scale=loss_scale,
         )
 
-    @torch.no_grad()
     def eval_batch(self, batch: Batch) -> Tensor:
-        """Sum of the losses (nats) of a micro-batch's unmasked tokens, on this rank. Every rank must call it."""
-        self._engine.eval()
-        return self._engine(batch.to(self.device))
+        """Sum of the losses (nats) of a micro-batch's unmasked tokens, the same on all ranks of the replica.
+
+        Every rank must call it; only those for which `mesh.reads_data` is true read the batch.
+        """
+        loss = self._driver.evaluate([batch], 1).double()
+        if self.mesh.pipeline > 1:
+            dist.all_reduce(loss, group=self.groups.pipeline)  # 0 on all stages but the last
+        return loss
+
+    def check_agreement(self, micro_batches: Sequence[Batch]) -> None:
+        """Raise UserError on every rank unless ranks that must read the same, or hold the same weights, do."""
+        guard.check_batches(micro_batches, self.mesh, self.device)
+        stage = self._engine.zero_optimization_stage()
+        guard.check_weights(self.placed, self.mesh, self.groups, zero_stage=stage, tied=self._tied)
+
+    def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """The modules of this rank's stage by their names in the whole model, in forward order."""
+        names = ["embedding", *(f"blocks.{layer}" for layer in range(len(self._part.layers) - 2)), "head"]
+        for index in range(self._part.first, self._part.stop):
+            yield from self._part.layers[index].named_modules(prefix=names[index])
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of the whole model's parameters, by global name, in forward order."""
-        return {name: tuple(_shape(parameter)) for name, parameter in self.module.named_parameters()}
+        return self._shapes
 
     def held(self) -> list[state.Slice]:
         """The optimizer's state on this rank, as views by global name: writing into them is how a checkpoint loads."""
-        return state.held(self._engine)
+        return state.held(self._engine, self.placed)
 
     def owned(self) -> list[state.Slice]:
         """The part of it that this rank saves; all ranks' parts together are the whole, once."""
-        return state.owned(self._engine, self.mesh)
+        return state.owned(self._engine, self.placed, self.mesh)
 
     def counters(self) -> dict[str, Any]:
         """What the optimizer knows beside tensors: applied steps and fp16's loss scale."""
@@ -121,61 +146,92 @@ class Engine:
 
     def restored(self, counters: dict[str, Any]) -> None:
         """Take over `counters`, and the weights from the masters that were written into `held()`."""
-        state.restore(self._engine, counters)
+        state.restore(self._engine, self.placed, counters)
 
-    def _sum_over_ranks(self, value: Tensor) -> Tensor:
-        value = value.clone()
+    def _zero(self) -> Tensor:
+        return torch.zeros((), dtype=torch.float64, device=self.device)
+
+    def _over_replicas(self, value: Tensor) -> Tensor:
+        """The sum over the replicas, on every rank; of each replica the rank that reports has the value."""
+        value = value.double() if self.mesh.reports else self._zero()
         dist.all_reduce(value)
         return value
 
-    def _fp32_grad_norm(self) -> float | None:
-        """The global norm where DeepSpeed does not tell it: ZeRO 0 in fp32 keeps whole, reduced gradients."""
-        if self._half or self._engine.zero_optimization_stage() > 0:
-            return None
-        gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
-        return float(torch.nn.utils.get_total_norm(gradients))
+    def _before_step(self, loss_scale: float, observe: Callable[[list[state.Gradient]], None] | None) -> None:
+        """With the gradients complete, and before DeepSpeed uses them: their global norm, for the clipping."""
+        found = state.gradients(self._engine, self.placed, self.mesh)
+        if observe is not None:
+            observe([(name, box, gradient / loss_scale) for name, box, gradient in found])
+        self._clip.prepare(self.global_norm([gradient for _, _, gradient in found]) / loss_scale)
+
+    def global_norm(self, gradients: Sequence[Tensor]) -> float:
+        """The norm of all ranks' tensors together, each of which is a part of the model that no other rank has."""
+        total = self._zero()
+        if gradients:
+            norms = torch._foreach_norm(list(gradients), dtype=torch.float32)  # pyright: ignore[reportPrivateImportUsage]
+            total = torch.stack(norms).double().square().sum().to(self.device)
+        dist.all_reduce(total)
+        return float(total.sqrt())
 
 
-def _build(run: Run, config: dict[str, Any], device: torch.device) -> GPT:
-    """The GPT with the weights of the run's seed; under ZeRO 3 no rank ever holds the whole of it."""
-    if run.parallel.zero_stage < 3:
-        gpt = build(run.model, seed=run.seed, recompute=run.train.recompute)
-        initialise(gpt, run.model, seed=run.seed)
-        return gpt.to(device=device, dtype=DTYPES[run.train.precision])
-    deepspeed = ranks.import_deepspeed()
-    with deepspeed.zero.Init(config_dict_or_path=config):  # its dtype argument turns fp32 into bf16 on a CPU
-        gpt = build(run.model, seed=run.seed, recompute=run.train.recompute)
-    for name, parameter in gpt.named_parameters():
-        with deepspeed.zero.GatheredParameters(parameter, modifier_rank=0):
-            if dist.get_rank() == 0:
-                parameter.data.copy_(initial_value(name, _shape(parameter), run.model, seed=run.seed))
-    return gpt
+class _Clip:
+    """Clipping by the global norm and then by value, of the gradients that AdamW is about to use."""
+
+    def __init__(self, optim: Optim) -> None:
+        self._largest_norm, self._largest_value = optim.clip_norm, optim.clip_value
+        self.norm, self._factor = 0.0, 1.0
+
+    def prepare(self, norm: float) -> None:
+        """The next step's gradients have this norm."""
+        self.norm, self._factor = norm, 1.0
+        if 0 < self._largest_norm < norm:
+            self._factor = self._largest_norm / (norm + 1e-6)
+
+    def hook(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        if self._factor < 1 and gradients:
+            torch._foreach_mul_(gradients, self._factor)  # pyright: ignore[reportPrivateImportUsage]
+        if self._largest_value > 0:
+            for gradient in gradients:
+                gradient.clamp_(-self._largest_value, self._largest_value)
 
 
-def _adamw(gpt: nn.Module, optim: Optim) -> torch.optim.AdamW:
+def _targets(batch: Batch) -> Tensor:
+    return (batch.targets_BT != IGNORE).sum().double()
+
+
+def _part(run: Run, mesh: Mesh, groups: Groups, config: dict[str, Any], device: torch.device) -> Part:
+    """The rank's part of the model; under ZeRO 3 no rank ever holds more than one layer of it whole."""
+    dtype = DTYPES[run.train.precision]
+
+    def make(value: Tensor) -> nn.Parameter:
+        parameter = nn.Parameter(value.to(device=device, dtype=dtype))
+        # DeepSpeed's own norm, which nothing uses, leaves others out, and BF16_Optimizer fails where none is left.
+        parameter.model_parallel = True  # pyright: ignore[reportAttributeAccessIssue]
+        return parameter
+
+    def finish(layer: nn.Module) -> None:
+        if run.parallel.zero_stage == 3:  # a dtype argument would turn fp32 into bf16 on a CPU
+            init = ranks.import_deepspeed().zero.Init
+            init(module=layer, config_dict_or_path=config, data_parallel_group=groups.data, mpu=Axes(mesh, groups))
+
+    return part_of(run, mesh, groups, bounds=stage_bounds(run.model, mesh.pipeline), make=make, finish=finish)
+
+
+def _adamw(placed: Sequence[Placed], optim: Optim, clip: _Clip) -> torch.optim.AdamW:
     """AdamW with decay on matrices and embeddings alone. Its rate is set at every step; 0 here, since DeepSpeed steps
     some optimizers once, on zero gradients, to make their state.
     """
-    decayed = [p for p in gpt.parameters() if len(_shape(p)) > 1]
-    others = [p for p in gpt.parameters() if len(_shape(p)) <= 1]
+    decayed = [part.parameter for part in placed if len(part.shape) > 1]
+    others = [part.parameter for part in placed if len(part.shape) <= 1]
+    groups = [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": others, "weight_decay": 0.0}]
     adamw = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        [group for group in groups if group["params"]],
         lr=0.0,
         betas=(optim.beta1, optim.beta2),
         eps=optim.eps,
         fused=True,
     )
-    if optim.clip_value > 0:
-        adamw.register_step_pre_hook(lambda optimizer, *_: _clip_values(optimizer, optim.clip_value))
+    adamw.register_step_pre_hook(clip.hook)
     return adamw
-
-
-def _clip_values(optimizer: torch.optim.Optimizer, limit: float) -> None:
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if parameter.grad is not None:
-                parameter.grad.clamp_(-limit, limit)
-
-
-def _shape(parameter: nn.Parameter) -> torch.Size:
-    return getattr(parameter, "ds_shape", parameter.shape)

@@ -192,7 +192,8 @@ def test_a_save_that_cannot_be_written_says_so_and_is_no_checkpoint(saved, tmp_p
 
 
 def _slices(saved: Path) -> list[Any]:
+    from megagpt.checkpoint.boxes import Box
     from megagpt.parallel.state import Slice
 
-    value = torch.zeros(6)
-    return [Slice("a", (2, 3), 0, value, value.clone(), value.clone())]
+    value = torch.zeros(2, 3)
+    return [Slice("a", (2, 3), Box((0, 0), (2, 3)), value, value.clone(), value.clone())]

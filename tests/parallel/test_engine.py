@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from megagpt.checkpoint import boxes
 from megagpt.config import Model, Optim, Parallel, Run, Train
 from megagpt.data.batch import IGNORE, Batch
 from megagpt.mesh import mesh_of
@@ -85,7 +86,7 @@ def trained(run: Run) -> dict[str, Any]:
         assert not done.skipped
         losses.append(done.loss)
         norms.append(done.grad_norm)
-    slices = [(item.name, item.start, item.weight.tolist()) for item in engine.owned()]
+    slices = [(item.name, item.box.start, item.box.size, item.weight.tolist()) for item in engine.owned()]
     return {"losses": losses, "norms": norms, "slices": slices, "counters": engine.counters()}
 
 
@@ -120,14 +121,13 @@ def truth() -> dict[str, Any]:
 
 
 def weights_of(case: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Whole weights, flat, from the slices of all ranks."""
-    whole: dict[str, torch.Tensor] = {
-        name: torch.full((p.numel(),), torch.nan) for name, p in build(MODEL).named_parameters()
-    }
+    """Whole weights from the boxes of all ranks."""
+    whole = {name: torch.full(p.shape, torch.nan) for name, p in build(MODEL).named_parameters()}
     for rank in case:
-        for name, start, values in rank["slices"]:
-            assert whole[name][start : start + len(values)].isnan().all(), "two ranks own the same element"
-            whole[name][start : start + len(values)] = torch.tensor(values)
+        for name, start, size, values in rank["slices"]:
+            part = whole[name][boxes.Box(tuple(start), tuple(size)).slices()]
+            assert part.isnan().all(), "two ranks own the same element"
+            part.copy_(torch.tensor(values))
     return whole
 
 
@@ -153,7 +153,7 @@ def check(case: list[dict[str, Any]], truth: dict[str, Any], precision: str) -> 
         assert rank["counters"]["optimizer_steps"] == STEPS
     weights = weights_of(case)
     for name, expected in truth["weights"].items():
-        error = (weights[name].double() - expected.flatten()).abs().max()
+        error = (weights[name].double() - expected).abs().max()
         # Where a gradient is nearly zero Adam divides rounding by rounding; a step is bounded by the rate even so.
         bound = 2 * STEPS * OPTIM.lr if precision != "fp32" else TOLERANCE["fp32"]
         assert error <= bound, f"{name} is off by {error}"
