@@ -76,7 +76,7 @@ class WandB:
     """
 
     def __init__(self, run: config.Run, out: Path, resume_step: int) -> None:
-        import wandb
+        wandb = importlib.import_module("wandb")
 
         identity = out / "wandb.id"
         if resume_step and identity.is_file():
