@@ -16,12 +16,14 @@ check: setup  ## Formatting, lint and types.
 	@$(BIN)/ruff format --check -q . && $(BIN)/ruff check -q . && $(BIN)/pyright
 fix: setup  ## Format, and mend what ruff can.
 	@$(BIN)/ruff format -q . && $(BIN)/ruff check -q --fix .
+kernels: setup  ## What the compiler makes of every kernel and table, for each architecture; needs no GPU.
+	@$(BIN)/python -m megagpt.kernels.report --full --out benchmarks/results
 bench: setup  ## The benchmarks that need no GPU; results go to benchmarks/results.
 	@$(BIN)/python benchmarks/loader.py --out benchmarks/results/loader.json && $(BIN)/python benchmarks/train_step.py --out benchmarks/results/train_step.json
 test-gpu: setup  ## The tests that need a GPU.
 	@$(BIN)/pytest -m "gpu or multigpu"
-bench-gpu: setup  ## The training step's speed on this machine's GPU.
-	@$(BIN)/python -m benchmarks.train_step --gpu --out benchmarks/results/train_step_gpu.json
+bench-gpu: setup  ## The kernels' correctness and speed on this machine's GPU, beside torch's and others'.
+	@$(BIN)/python benchmarks/kernels_gpu.py --out benchmarks/results/kernels_gpu.json
 clean:  ## Remove what was built; corpora and runs stay.
 	@rm -rf .venv build *.egg-info .pytest_cache .ruff_cache && find . -name __pycache__ -prune -exec rm -rf {} +
-.PHONY: help setup demo test drills check fix bench test-gpu bench-gpu clean
+.PHONY: help setup demo test drills check fix kernels bench test-gpu bench-gpu clean

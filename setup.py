@@ -15,7 +15,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10,<3.14",
     packages=[*find_packages(include=["megagpt", "megagpt.*"]), "megagpt.kernels", "megagpt.launch"],
-    package_data={"megagpt": ["presets/*.toml"]},
+    package_data={"megagpt": ["presets/*.toml"], "megagpt.kernels": ["tables/*.json"]},
     install_requires=[
         "torch>=2.11",
         "deepspeed>=0.19.8,<0.20",  # earlier ones compute wrong pipeline gradients; parallel/state.py knows this one

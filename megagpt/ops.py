@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megagpt.errors import UserError
+from megagpt.kernels import support
 from megagpt.philox import WORD, philox
 
 # Elements of the logits that cross entropy has in flight: few enough for a CPU's cache, enough to fill its cores.
@@ -226,6 +227,8 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 class Operators:
     """One implementation of each operator, with the signatures of the functions above."""
 
+    choice: str
+    """Which implementation this is, and why; a line for the console."""
     attention: Callable[..., Tensor]
     layernorm: Callable[..., Tensor]
     rmsnorm: Callable[..., Tensor]
@@ -237,13 +240,26 @@ class Operators:
 
 
 def select(kernels: str) -> Operators:
-    """The operators that `model.kernels` asks for. Raises UserError if this version has no such implementation."""
-    if kernels == "triton":
+    """The operators that `model.kernels` asks for. Raises UserError if that is triton, and it cannot run here.
+
+    auto takes triton on a GPU that can run it. In Triton's interpreter only triton itself does, being for tests.
+    """
+    obstacle = support.obstacle()
+    if kernels == "triton" and obstacle:
         raise UserError(
-            "model.kernels = 'triton': this version has the torch operators only.",
+            f"model.kernels = 'triton': the kernels cannot run, because {obstacle}.",
             "Use --model.kernels auto, or torch.",
         )
+    if kernels == "triton" or (kernels == "auto" and not obstacle and not support.interpreting()):
+        return _triton("as asked for" if kernels == "triton" else "the GPU runs it")
+    if kernels == "torch":
+        why = "as asked for"
+    elif torch.cuda.is_available():
+        why = f"{obstacle or 'Triton is in its interpreter'}; slower, and windows and dropout take T x T memory"
+    else:
+        why = obstacle or "Triton is in its interpreter"
     return Operators(
+        choice=f"torch operators ({why})",
         attention=attention,
         layernorm=layernorm,
         rmsnorm=rmsnorm,
@@ -252,4 +268,28 @@ def select(kernels: str) -> Operators:
         gelu=gelu,
         swiglu=swiglu,
         dropout=dropout,
+    )
+
+
+def _triton(why: str) -> Operators:
+    """The kernels; importing them imports Triton."""
+    from megagpt.kernels import attention as kernel
+    from megagpt.kernels import cross_entropy, gelu, norm, residual, rotary, swiglu, tuning
+
+    def attention_of_heads(q: Tensor, k: Tensor, v: Tensor, *, dropout: Mask | None = None, **options: Any) -> Tensor:
+        first_head = 0 if dropout is None else dropout.first_head
+        return kernel.attention(q, k, v, dropout=dropout, first_head=first_head, **options)
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    table = f"tiles of {tuning.architecture(device)}, table {tuning.digest(device)[:8]}"
+    return Operators(
+        choice=f"Triton {support.triton_version()} kernels ({why}; {table})",
+        attention=attention_of_heads,
+        layernorm=norm.layernorm,
+        rmsnorm=norm.rmsnorm,
+        cross_entropy=cross_entropy.cross_entropy,
+        rotary=rotary.rotary,
+        gelu=gelu.gelu,
+        swiglu=swiglu.swiglu,
+        dropout=residual.dropout,
     )

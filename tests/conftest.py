@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():  # must be chosen before triton is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 WORDS = "the a one model token loss learns reads writes small large fast exact layer head norm step rank batch".split()
 

@@ -8,7 +8,6 @@ import torch
 
 from megagpt.config import Model
 from megagpt.data.batch import IGNORE, Batch
-from megagpt.errors import UserError
 from megagpt.model import GPT, Recompute, initial_value, initialise, layers
 from megagpt.modules import Dropout
 
@@ -149,11 +148,6 @@ def test_rows_of_padding_change_neither_loss_nor_logits_nor_gradients(model):
 def test_fewer_rows_than_tokens_are_refused():
     with pytest.raises(ValueError, match="60 rows cannot hold a vocabulary of 61"):
         layers(GPT3, seed=1, recompute="none", vocabulary_rows=60)
-
-
-def test_kernels_that_do_not_exist_are_refused_when_the_model_is_built():
-    with pytest.raises(UserError, match="torch operators only"):
-        build(dataclasses.replace(GPT3, kernels="triton"))
 
 
 @BOTH

@@ -13,6 +13,7 @@ import torch
 from megagpt import config, ledger
 from megagpt.files import write_whole
 from megagpt.hardware import peak_flops
+from megagpt.ops import select
 from megagpt.parallel.ranks import sum_over_ranks
 from megagpt.report.console import Console
 from megagpt.report.loggers import open_loggers
@@ -70,6 +71,7 @@ class Journal:
             self._files.callback(logger.close)
         self._files.enter_context(self._console)
         rows = plan_rows(self._run)
+        rows.append(("kernels", select(self._run.model.kernels).choice))
         rows.append(("peak", f"{self._peak_flops_per_s / 1e12:,.2f} TFLOP/s, {self._peak_source}"))
         self._console.plan(f"{self._out}", rows)
         if step:
