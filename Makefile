@@ -17,7 +17,7 @@ check: setup  ## Formatting, lint and types.
 fix: setup  ## Format, and mend what ruff can.
 	@$(BIN)/ruff format -q . && $(BIN)/ruff check -q --fix .
 bench: setup  ## The benchmarks that need no GPU; results go to benchmarks/results.
-	@$(BIN)/python -m benchmarks.loader --out benchmarks/results/loader.json && $(BIN)/python -m benchmarks.train_step --out benchmarks/results/train_step.json && $(BIN)/python benchmarks/parallel_overhead.py --out benchmarks/results/parallel_overhead.json
+	@$(BIN)/python benchmarks/loader.py --out benchmarks/results/loader.json && $(BIN)/python benchmarks/train_step.py --out benchmarks/results/train_step.json && $(BIN)/python benchmarks/parallel_overhead.py --out benchmarks/results/parallel_overhead.json
 test-gpu: setup  ## The tests that need a GPU.
 	@$(BIN)/pytest -m "gpu or multigpu"
 bench-gpu: setup  ## The training step's speed on this machine's GPU.

@@ -38,7 +38,7 @@ setup(
         "dev": [
             "hypothesis>=6.100",
             "pre-commit>=3.7",
-            "pyright==1.1.414",
+            "pyright[nodejs]==1.1.414",
             "pytest>=8",
             "ruff==0.17.6",
             "tensorboard>=2.17",

@@ -1,4 +1,4 @@
-"""megagpt through DeepSpeed: one rank, with the settings that a user gets."""
+"""megagpt through DeepSpeed: one rank, and so ZeRO 0, since there is nobody to share the optimizer's state with."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ def work(task: Task) -> None:
     )
     run = config.Run(
         model=model,
+        parallel=config.Parallel(zero_stage=0),
         train=config.Train(global_batch=task.batch, micro_batch=task.batch, precision="fp32"),
         optim=config.Optim(
             lr=task.lr,

@@ -14,7 +14,7 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +70,7 @@ def write_corpus(folder: Path, tokens: int, seed: int) -> Corpus:
     return open_corpus(folder)
 
 
-def bare_slices(tokens: np.ndarray, rows: int) -> Iterator[int]:
+def bare_slices(tokens: np.ndarray, rows: int) -> Generator[int, None, None]:
     """The yardstick: an int64 batch of random slices of one memory map, with neither targets nor documents."""
     generator = np.random.default_rng(0)
     while True:
@@ -90,7 +90,9 @@ def rate(batches: Iterator[int], seconds: float) -> float:
     return done / (time.perf_counter() - began) / 1e6
 
 
-def loader(corpora: list[Corpus], rows: int, packing: order.Packing, *, mask: bool, thread: bool) -> Iterator[int]:
+def loader(
+    corpora: list[Corpus], rows: int, packing: order.Packing, *, mask: bool, thread: bool
+) -> Generator[int, None, None]:
     """Tokens of each batch of the loader: three corpora, shuffled."""
     weights = {
         pack.source(corpus, context=CONTEXT, packing=packing): share
@@ -121,26 +123,24 @@ def measure(folder: Path, tokens: int, rounds: int, seconds: float) -> dict[str,
     flat = folder / "flat.bin"
     np.random.default_rng(9).integers(0, 50_000, tokens, dtype=np.uint16).tofile(flat)
     mapped = np.memmap(flat, dtype=np.uint16, mode="r").view(np.ndarray)
-    readers: dict[str, Callable[[], Iterator[int]]] = {"bare memmap slices, 8 rows": lambda: bare_slices(mapped, 8)}
+    readers = {"bare memmap slices, 8 rows": bare_slices(mapped, 8)}
     for rows in (8, 32):
         for name, packing, mask, thread in READERS:
-            readers[f"{name}, {rows} rows"] = lambda rows=rows, packing=packing, mask=mask, thread=thread: loader(
-                corpora, rows, packing, mask=mask, thread=thread
-            )
+            readers[f"{name}, {rows} rows"] = loader(corpora, rows, packing, mask=mask, thread=thread)
     best = dict.fromkeys(readers, 0.0)
     for _ in range(rounds):
-        for name, reader in readers.items():
-            batches = reader()
+        for name, batches in readers.items():
             best[name] = max(best[name], rate(batches, seconds))
-            batches.close()  # type: ignore[attr-defined]
+    for batches in readers.values():
+        batches.close()
     return best
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=50_000_000, help="tokens of all three corpora together")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds, of which the best counts")
-    parser.add_argument("--seconds", type=float, default=1.0, help="seconds a reader and round")
+    parser.add_argument("--rounds", type=int, default=20, help="rounds, of which the best counts")
+    parser.add_argument("--seconds", type=float, default=0.2, help="seconds a reader and round")
     parser.add_argument("--out", type=Path, help="write the results here, as JSON")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -151,9 +151,9 @@ def main() -> None:
         print(f"{name:40} {value:8.1f} Mtok/s {value / yardstick:6.2f}x")
     if options.out:
         result = {
-            "command": f"python benchmarks/loader.py --tokens {options.tokens}",
+            "command": f"python benchmarks/loader.py --tokens {options.tokens} --rounds {options.rounds}",
             "date": time.strftime("%Y-%m-%d"),
-            "hardware": f"{os.cpu_count()} cores {platform.machine()}, no GPU",
+            "hardware": f"{os.cpu_count()} cores {platform.machine()}, no GPU, load {os.getloadavg()[0]:.1f}",
             "versions": {"python": platform.python_version(), "numpy": np.__version__, "torch": torch.__version__},
             "mtok_per_s": {name: round(value, 1) for name, value in best.items()},
         }

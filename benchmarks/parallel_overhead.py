@@ -185,11 +185,13 @@ def measured(steps: int, rounds: int) -> dict[str, list[dict[str, Any]]]:
 
 
 def fastest(found: list[dict[str, Any]], key: str) -> float:
-    """The larger rank's value in the fastest step of all rounds but their first: the one that other work disturbed least."""
+    """The larger rank's value in the fastest step after each round's first: the one least disturbed by other work."""
     steps = [
         (max(seconds), max(values))
         for part in found
-        for seconds, values in list(zip(zip(*part["seconds"], strict=True), zip(*part[key], strict=True), strict=True))[1:]
+        for seconds, values in list(
+            zip(zip(*part["seconds"], strict=True), zip(*part[key], strict=True), strict=True)
+        )[1:]
     ]
     return min(steps)[1]
 
@@ -205,10 +207,7 @@ def bubble(parallel: Parallel, micro_batch: int) -> tuple[float, float]:
 def report(found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """The table, in seconds a step."""
     plain = fastest(found["plain torch"], "seconds")
-    rates = {
-        kind: max(min(part[kind]) for part in found["plain torch"])
-        for kind in ("activations", "gradients")
-    }
+    rates = {kind: max(min(part[kind]) for part in found["plain torch"]) for kind in ("activations", "gradients")}
     results: dict[str, Any] = {
         "plain torch": {"seconds": round(plain, 4)},
         "all-reduce": {f"{kind}_mb_per_s": round(rate / 1e6) for kind, rate in rates.items()},

@@ -146,3 +146,10 @@ def test_the_readmes_commands_run(folder, tmp_path, monkeypatch, capsys):
             words += ["--json"]
         replaced = [{"4096": "512"}.get(word, word) for word in words]
         assert run(*replaced) == 0 or words[0] == "doctor", f"megagpt {' '.join(words)}: {capsys.readouterr().err}"
+
+
+def test_a_corpus_of_another_tokenizer_is_refused(folder, tmp_path, capsys):
+    raw = f"{folder}/corpora/prose.jsonl"
+    assert run(*f"data build {raw} --out {tmp_path}/other --vocabulary 300 --heldout 0.1 --processes 1".split()) == 0
+    assert run("eval", f"{folder}/runs/mine", "--corpus", f"{tmp_path}/other") == 2
+    assert "was built with another tokenizer than the run" in capsys.readouterr().err

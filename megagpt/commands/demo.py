@@ -54,8 +54,10 @@ def build_corpora(folder: Path, *, vocabulary: int) -> None:
 
     if all((folder / name / "manifest.json").exists() for name in CORPORA):
         return
-    print(f"reading the docstrings and sources of Python's library into {folder / 'raw'}", flush=True)
-    raw = write_corpora(folder / "raw")
+    raw = [folder / "raw" / f"{name}.jsonl" for name in CORPORA]
+    if not all(path.exists() for path in raw):
+        print(f"reading the docstrings and sources of Python's library into {folder / 'raw'}", flush=True)
+        write_corpora(folder / "raw")
     tokenizer = folder / "tokenizer.json"
     if not tokenizer.exists():
         print(f"training a byte-level BPE of {vocabulary:,} tokens on them", flush=True)

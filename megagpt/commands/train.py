@@ -99,11 +99,13 @@ def _fit(run: config.Run, out: Path) -> None:
 def prepare(run: config.Run, out: Path, *, write: bool) -> None:
     """Everything that can be refused before a rank starts; then, with `write`, the run's folder with run.toml in it.
 
-    Raises UserError for a corpus that is missing, damaged, of another tokenizer or too large a vocabulary, and for a
+    Raises UserError for a logger's package or a corpus that is missing, damaged, of another tokenizer or too large a vocabulary, and for a
     folder whose checkpoint is of another model.
     """
     from megagpt.data.corpus import open_mixture
+    from megagpt.report.loggers import require_packages
 
+    require_packages(run.report)
     first = open_mixture(run.data.mixture)[0]
     if first.manifest.vocabulary > run.model.vocabulary:
         raise UserError(

@@ -76,12 +76,14 @@ def _save_first(run: config.Run, weights: Iterable[tuple[str, Tensor]], out: Pat
     import torch
 
     from megagpt.checkpoint import lineage
+    from megagpt.checkpoint.boxes import Box
     from megagpt.checkpoint.save import save
     from megagpt.parallel.state import Slice
 
     def whole(name: str, value: Tensor) -> Slice:
-        flat = value.float().flatten()
-        return Slice(name, tuple(value.shape), 0, flat, torch.zeros_like(flat), torch.zeros_like(flat))
+        weight, shape = value.float(), tuple(value.shape)
+        box = Box((0,) * value.dim(), shape)
+        return Slice(name, shape, box, weight, torch.zeros_like(weight), torch.zeros_like(weight))
 
     root = out / "checkpoints"
     header = {"step": 0, "tokens": 0, "cursor": None, "counters": {"optimizer_steps": 0, "loss_scaler": {}}}

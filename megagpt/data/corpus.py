@@ -29,27 +29,26 @@ class Split:
     def __init__(self, folder: Path, entries: Sequence[ShardEntry], dtype: np.dtype) -> None:
         self.folder, self.entries, self.dtype = folder, entries, dtype
         self._starts = list(accumulate((entry.tokens for entry in entries), initial=0))
-        self._open: dict[int, Shard] = {}
+        self._open: list[Shard | None] = [None] * len(entries)
         self.tokens = self._starts[-1]
         self.documents = sum(entry.documents for entry in entries)
 
-    def _shard(self, number: int) -> Shard:
-        shard = self._open.get(number)
-        if shard is None:
-            try:
-                shard = self._open[number] = Shard(self.folder, self.entries[number], self.dtype)
-            except (OSError, ValueError) as error:
-                raise UserError(f"a shard cannot be read: {error}.", _REPAIR.format(folder=self.folder)) from error
+    def _map(self, number: int) -> Shard:
+        try:
+            shard = self._open[number] = Shard(self.folder, self.entries[number], self.dtype)
+        except (OSError, ValueError) as error:
+            raise UserError(f"a shard cannot be read: {error}.", _REPAIR.format(folder=self.folder)) from error
         return shard
 
     def copy(self, start: int, out: np.ndarray) -> None:
         """out[:] = the tokens from `start` on. `out` may be of any integer type."""
         while True:
             number = bisect_right(self._starts, start) - 1
+            shard = self._open[number] or self._map(number)
             here = self._starts[number + 1] - start
             if here >= len(out):
-                return self._shard(number).copy(start - self._starts[number], out)
-            self._shard(number).copy(start - self._starts[number], out[:here])
+                return shard.copy(start - self._starts[number], out)
+            shard.copy(start - self._starts[number], out[:here])
             start, out = start + here, out[here:]
 
     def read(self, start: int, stop: int) -> np.ndarray:
@@ -67,7 +66,7 @@ class Split:
         number = bisect_right(self._starts, start) - 1
         while True:
             before = self._starts[number]
-            ends = self._shard(number).document_ends
+            ends = (self._open[number] or self._map(number)).document_ends
             for end in ends[bisect_right(ends, start - before) :]:
                 if end >= stop - before:
                     return seams
@@ -79,7 +78,7 @@ class Split:
     def document_spans(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """(start, length) of every document in order, int64 arrays, a shard at a time."""
         for number in range(len(self.entries)):
-            ends = np.asarray(self._shard(number).document_ends, dtype=np.int64)
+            ends = np.asarray((self._open[number] or self._map(number)).document_ends, dtype=np.int64)
             lengths = np.diff(ends, prepend=0)
             yield ends - lengths + self._starts[number], lengths
 

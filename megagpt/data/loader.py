@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from megagpt.data.prefetch import Prefetched
 from megagpt.errors import UserError
 
 Row = tuple[Sequences, int]  # a sequence of a split, by its number
-_ORDER_AHEAD = 1 << 14  # positions that are ordered in one call, which costs 0.5 ms at least
+_ORDER_AHEAD = 1 << 14  # positions that are ordered in one call, since each call costs about 1 ms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,11 +54,11 @@ class Layout:
             targets_BT[b, max(size - 1, 0) :] = IGNORE
         cu_seqlens_S = None
         if self.document_mask or self.packing == "best_fit":
-            seams = [[] if row is None else row[0].seams(row[1]) for row in rows]
-            untold = [b * T + seam - 1 for b in range(B) for seam in seams[b]]
-            targets_BT.reshape(-1)[untold] = IGNORE
+            starts = self._part_documents(rows, filled, targets_BT)
             if self.document_mask:
-                cu_seqlens_S = torch.from_numpy(_cu_seqlens(seams, filled, T))
+                cu_seqlens = np.full(B * T + 1, B * T, dtype=np.int32)
+                cu_seqlens[: len(starts)] = starts
+                cu_seqlens_S = torch.from_numpy(cu_seqlens)
         return Batch(
             tokens_BT=torch.from_numpy(tokens_BT),
             targets_BT=torch.from_numpy(targets_BT),
@@ -65,18 +66,19 @@ class Layout:
             samples_B=torch.from_numpy(samples_B.astype(np.int64)),
         )
 
-
-def _cu_seqlens(seams: list[list[int]], filled: list[int], T: int) -> np.ndarray:
-    """Document boundaries over the flattened rows, int32 [S]; a row's padding is a document of its own."""
-    starts = []
-    for b, (row, size) in enumerate(zip(seams, filled, strict=True)):
-        starts.append(b * T)
-        starts += [b * T + seam for seam in row if seam < T]
-        if 0 < size < T:
-            starts.append(b * T + size)
-    cu_seqlens_S = np.full(len(seams) * T + 1, len(seams) * T, dtype=np.int32)
-    cu_seqlens_S[: len(starts)] = starts
-    return cu_seqlens_S
+    def _part_documents(self, rows: Sequence[Row | None], filled: Sequence[int], targets_BT: np.ndarray) -> list[int]:
+        """Take away the targets across seams; where documents begin in the flattened rows, their padding being one."""
+        starts = []
+        for b, (row, size) in enumerate(zip(rows, filled, strict=True)):
+            first = b * self.context
+            starts.append(first)
+            for seam in () if row is None else row[0].seams(row[1]):
+                targets_BT[b, seam - 1] = IGNORE
+                if seam < self.context:
+                    starts.append(first + seam)
+            if 0 < size < self.context:
+                starts.append(first + size)
+        return starts
 
 
 def train_batches(
@@ -164,8 +166,7 @@ def _open_sources(corpora: Sequence[Corpus], cursor: Cursor) -> dict[int, Sequen
     return tables
 
 
-@dataclass(frozen=True)
-class _Share:
+class _Share(NamedTuple):
     """A rank's part of a step: where in the stream, and what lies there."""
 
     samples: np.ndarray

@@ -13,7 +13,7 @@ Shuffle.  P is a keyed permutation of [0, n): a 6-round Feistel network (Luby an
           CT-RSA, "Ciphers with arbitrary finite domains"). Round i: (L, R) -> (R, L xor F(R, key_i)), the halves of
           b - b//2 and b//2 bits changing places; F is the low bits of splitmix64's finaliser of R + key_i (Steele et
           al. 2014, OOPSLA). The keys are the 8-byte little-endian words of shake_256("seed:fingerprint:epoch").
-Cost.     About 1 us a position in calls of thousands; a call costs 0.5 ms at least, so callers ask for many.
+Cost.     0.2-0.4 us a position in calls of thousands; a call costs about 1 ms, so callers ask for many.
 """
 
 from __future__ import annotations

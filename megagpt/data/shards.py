@@ -11,7 +11,7 @@ Index (a table, see tables.py) `X.index` beside `X.tar`; n blocks, m documents, 
     block_crc32    uint32 [n]     zlib's crc32 of the block's token bytes
     document_end   uint32 [m]     tokens up to and with each document's end
     metadata {"format": "megagpt index 1", "dtype": "uint16" | "uint32"}
-Cost: about 1.5 % over the raw tokens for the tar, 4 bytes a document and 36 a block for the index.
+Cost: 1.6 % over the raw tokens for the tar (documents of 800); 4 bytes a document and 28 a block for the index.
 """
 
 from __future__ import annotations

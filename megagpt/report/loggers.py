@@ -1,15 +1,15 @@
 """Where a run's numbers go besides its own folder: TensorBoard and Weights & Biases, each only when it was asked for.
 
-`open_loggers` is called before any rank starts to train, so that a missing package costs no queue time.
+`require_packages` is called before any rank starts, so that a missing package costs no queue time.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
+import importlib.util
 import math
+import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Protocol
 
 from megagpt import config
@@ -32,6 +32,7 @@ def open_loggers(run: config.Run, out: Path, resume_step: int) -> list[Logger]:
 
     Raises UserError, naming the extra to install, if a package is missing.
     """
+    require_packages(run.report)
     loggers: list[Logger] = []
     if run.report.tensorboard:
         loggers.append(TensorBoard(out / "tensorboard", resume_step))
@@ -40,11 +41,18 @@ def open_loggers(run: config.Run, out: Path, resume_step: int) -> list[Logger]:
     return loggers
 
 
+def require_packages(report: config.Report) -> None:
+    """Raise UserError, naming the extra to install, if a logger that `report` asks for lacks its package."""
+    for package, setting in (("tensorboard", report.tensorboard), ("wandb", report.wandb)):
+        if setting and sys.modules.get(package) is None and importlib.util.find_spec(package) is None:
+            rule = f"report.{package} = {setting!r} needs the package {package}, which is not installed."
+            raise UserError(rule, f"pip install 'megagpt[{package}]'")
+
+
 class TensorBoard:
     """Events in `folder`: each number of a record under train/, evaluations under heldout/CORPUS/."""
 
     def __init__(self, folder: Path, resume_step: int) -> None:
-        _require("tensorboard", setting="report.tensorboard = true")
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(folder), purge_step=resume_step + 1)
@@ -68,7 +76,8 @@ class WandB:
     """
 
     def __init__(self, run: config.Run, out: Path, resume_step: int) -> None:
-        wandb = _require("wandb", setting=f"report.wandb = '{run.report.wandb}'")
+        import wandb
+
         identity = out / "wandb.id"
         if resume_step and identity.is_file():
             name = identity.read_text(encoding="utf-8").strip()
@@ -104,13 +113,3 @@ def scalars(record: StepRecord | EvaluationRecord) -> dict[str, float]:
 
 def _is_finite_number(value: Any) -> bool:
     return isinstance(value, bool | int | float) and math.isfinite(value)
-
-
-def _require(package: str, *, setting: str) -> ModuleType:
-    try:
-        return importlib.import_module(package)
-    except ModuleNotFoundError as error:
-        if error.name != package:
-            raise
-        rule = f"{setting} needs the package {package}, which is not installed."
-        raise UserError(rule, f"pip install 'megagpt[{package}]'") from error

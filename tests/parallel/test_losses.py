@@ -37,7 +37,7 @@ def test_with_accumulation_stages_0_and_1_do_since_both_reduce_once(tmp_path):
 
 @pytest.mark.slow
 def test_fifty_steps_on_eight_ranks_and_on_one_have_the_same_losses(tmp_path):
-    """Each step adds its own rounding to what weights bring in; were that multiplied much, a linear bound would break."""
+    """Each step adds its rounding to what the weights bring: were that multiplied, a linear bound would break."""
     found = [fifty(layout, tmp_path) for layout in ("2x2x2/z1/a3", "1x1x1/z1/a1")]
     for step, (cut, whole) in enumerate(zip(*found, strict=True), start=1):
         assert cut == pytest.approx(whole, rel=step * 2 * 8 * 6 * UNIT), f"step {step}"
