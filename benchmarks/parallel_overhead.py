@@ -10,7 +10,7 @@ time, each forward, backward and AdamW on half of the rows, without a word betwe
 and the model of the waiting is
 
     traffic     the formula's bytes (parallel/traffic.py, equal to what is counted) over the bandwidth that an
-                all-reduce of x_BTD's size reaches between these two ranks
+                all-reduce of such a size (x_BTD, or the gradient) reaches between these two ranks
     bubble      (p - 1) / (m + p - 1) of a step of p stages and m micro-batches
     imbalance   the largest stage's FLOPs over the mean, of a pipeline
 
@@ -38,7 +38,7 @@ import torch.distributed as dist
 
 from megagpt.config import Model, Parallel, Run, Train
 from megagpt.data.batch import Batch
-from megagpt.ledger import layer_flops
+from megagpt.ledger import layer_flops, parameters
 from megagpt.mesh import mesh_of
 from megagpt.model import build, initialise
 from megagpt.parallel import ranks
@@ -46,7 +46,7 @@ from megagpt.parallel.engine import Engine
 from megagpt.parallel.pipeline import stage_bounds
 from megagpt.parallel.traffic import expected
 
-MODEL = Model(layers=6, width=256, heads=8, vocabulary=8_192, context=256)
+MODEL = Model(layers=4, width=192, heads=6, vocabulary=4_096, context=128)
 BATCH = 16
 LAYOUTS = {
     "data 2": (Parallel(data=2, zero_stage=0), 4),
@@ -145,16 +145,14 @@ def layout_steps(parallel: Parallel, micro_batch: int, steps: int) -> dict[str, 
     return {"seconds": seconds, "blocked": blocked, "carried": carried}
 
 
-def bandwidth() -> float:
-    """Bytes a second of payload that an all-reduce of one micro-batch's x_BTD reaches."""
-    x = torch.ones(4 * MODEL.context * MODEL.width)
-    times = []
-    for _ in range(20):
-        dist.barrier()
+def bandwidth(elements: int) -> float:
+    """Bytes a second of payload that an all-reduce of so many fp32 numbers reaches."""
+    x, times = torch.ones(elements), []
+    for _ in range(15):
         began = time.perf_counter()
         dist.all_reduce(x)
         times.append(time.perf_counter() - began)
-    return x.numel() * 4 / statistics.median(times[5:])
+    return elements * 4 / statistics.median(times[5:])
 
 
 def measured(steps: int, rounds: int) -> dict[str, list[dict[str, Any]]]:
@@ -170,7 +168,11 @@ def measured(steps: int, rounds: int) -> dict[str, list[dict[str, Any]]]:
                 ranks.join(world=2)
                 torch.set_num_threads(1)
                 if label == "plain torch":
-                    found: dict[str, Any] = {"seconds": plain_steps(steps), "bandwidth": bandwidth()}
+                    found: dict[str, Any] = {
+                        "seconds": plain_steps(steps),
+                        "activations": bandwidth(4 * MODEL.context * MODEL.width),
+                        "gradients": bandwidth(parameters(MODEL).total()),
+                    }
                 else:
                     found = layout_steps(parallel, micro_batch, steps)
                 (folder / f"{ranks.rank()}.json").write_text(json.dumps(found), encoding="utf-8")
@@ -182,9 +184,16 @@ def measured(steps: int, rounds: int) -> dict[str, list[dict[str, Any]]]:
     return everything
 
 
-def median_of(found: list[dict[str, Any]], key: str) -> float:
-    """Over rounds and steps but the first, of the larger rank's value."""
-    return statistics.median(max(pair) for part in found for pair in list(zip(*part[key], strict=True))[1:])
+def fastest(found: list[dict[str, Any]], key: str) -> float:
+    """The larger rank's value in the fastest step after each round's first: the one least disturbed by other work."""
+    steps = [
+        (max(seconds), max(values))
+        for part in found
+        for seconds, values in list(
+            zip(zip(*part["seconds"], strict=True), zip(*part[key], strict=True), strict=True)
+        )[1:]
+    ]
+    return min(steps)[1]
 
 
 def bubble(parallel: Parallel, micro_batch: int) -> tuple[float, float]:
@@ -197,13 +206,16 @@ def bubble(parallel: Parallel, micro_batch: int) -> tuple[float, float]:
 
 def report(found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """The table, in seconds a step."""
-    plain = median_of(found["plain torch"], "seconds")
-    rate = statistics.median(min(part["bandwidth"]) for part in found["plain torch"])
-    results: dict[str, Any] = {"plain torch": {"seconds": round(plain, 4)}, "bandwidth_mb_per_s": round(rate / 1e6)}
+    plain = fastest(found["plain torch"], "seconds")
+    rates = {kind: max(min(part[kind]) for part in found["plain torch"]) for kind in ("activations", "gradients")}
+    results: dict[str, Any] = {
+        "plain torch": {"seconds": round(plain, 4)},
+        "all-reduce": {f"{kind}_mb_per_s": round(rate / 1e6) for kind, rate in rates.items()},
+    }
     for label, (parallel, micro_batch) in LAYOUTS.items():
-        seconds, blocked = median_of(found[label], "seconds"), median_of(found[label], "blocked")
+        seconds, blocked = fastest(found[label], "seconds"), fastest(found[label], "blocked")
         idle, imbalance = bubble(parallel, micro_batch)
-        carried = max(found[label][0]["carried"]) / rate
+        carried = max(found[label][0]["carried"]) / rates["gradients" if parallel.data > 1 else "activations"]
         results[label] = {
             "seconds": round(seconds, 4),
             "over_plain": round(seconds / plain, 3),
