@@ -9,7 +9,7 @@ setup: $(BIN)/.installed  ## Make the virtual environment .venv and install mega
 demo: setup  ## Raw text to a trained, evaluated and sampled GPT, with a report, in three minutes.
 	@$(BIN)/megagpt demo
 test: setup  ## What every change must pass.
-	@$(BIN)/pytest -m "not slow and not gpu and not multigpu"
+	@$(BIN)/pytest -m "not slow"
 drills: setup  ## The long proofs.
 	@$(BIN)/pytest -m slow
 check: setup  ## Formatting, lint and types.
@@ -20,8 +20,8 @@ kernels: setup  ## What the compiler makes of every kernel and table, for each a
 	@$(BIN)/python -m megagpt.kernels.report --full --out benchmarks/results
 bench: setup  ## The benchmarks that need no GPU; results go to benchmarks/results.
 	@$(BIN)/python benchmarks/loader.py --out benchmarks/results/loader.json && $(BIN)/python benchmarks/train_step.py --out benchmarks/results/train_step.json && $(BIN)/python benchmarks/parallel_overhead.py --out benchmarks/results/parallel_overhead.json
-test-gpu: setup  ## The tests that need a GPU.
-	@$(BIN)/pytest -m "gpu or multigpu"
+test-gpu: setup  ## The kernels' tests on this machine's GPU instead of in the interpreter.
+	@$(BIN)/pytest tests/kernels
 bench-gpu: setup  ## The kernels' correctness and speed on this machine's GPU, beside torch's and others'.
 	@$(BIN)/python benchmarks/kernels_gpu.py --out benchmarks/results/kernels_gpu.json
 clean:  ## Remove what was built; corpora and runs stay.

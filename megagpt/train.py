@@ -34,6 +34,7 @@ from megagpt.data.pack import source
 from megagpt.data.prefetch import Prefetched
 from megagpt.errors import UserError
 from megagpt.evaluate import evaluate_corpus
+from megagpt.kernels.tuning import check_ranks_agree
 from megagpt.mesh import mesh_of
 from megagpt.parallel import ranks
 from megagpt.parallel.engine import Engine, Step
@@ -64,6 +65,8 @@ def fit(run: Run, out: Path) -> None:
     mesh = mesh_of(run.parallel, ranks.rank())
     corpora = open_mixture(run.data.mixture)
     engine = Engine(run, mesh)
+    if engine.device.type == "cuda":
+        check_ranks_agree(engine.device)
     saver = Saver(run, out, engine)
     with Journal(run, out, engine.device, speak=mesh.rank == 0) as journal, StopSignal() as stop:
         progress = saver.resume(corpora, journal)
