@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from liger_kernel.ops import cross_entropy as liger_loss
-from liger_kernel.ops import layer_norm as liger_norm
+from liger_kernel.ops import cross_entropy as liger_loss  # pyright: ignore[reportMissingImports]
+from liger_kernel.ops import layer_norm as liger_norm  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
 from megagpt.kernels import cross_entropy, norm

@@ -52,6 +52,7 @@ class Mask:
     rate: float
     key: int
     samples_B: Tensor
+    first_token: int = 0
 
     def keep_BNTC(self, heads: int, tokens: int, columns: int) -> Tensor:
         return torch.ones(len(self.samples_B), heads, tokens, columns, dtype=torch.bool)
