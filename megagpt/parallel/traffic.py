@@ -66,13 +66,13 @@ class Traffic(TorchDispatchMode):
         if func.namespace == "c10d":
             name = func._schema.name.split("::")[1]
             if name in _PAYLOAD:
-                axis, size = self._axis(args), _bytes(args[_PAYLOAD[name]])
+                axis, size = self._axis(name, args), _bytes(args[_PAYLOAD[name]])
                 if axis is not None and size > SMALL:
                     self.found[axis, _NAMES[name]] += size
         return func(*args, **(kwargs or {}))
 
-    def _axis(self, args: Any) -> str | None:
-        if any(isinstance(item, int) for item in args[2:3]):  # send: (tensors, group, destination, tag)
+    def _axis(self, name: str, args: Any) -> str | None:
+        if name == "send":
             return "pipeline"
         group = next(item for item in args if not isinstance(item, Tensor | list | tuple | int))
         ranks = dist.get_process_group_ranks(dist.ProcessGroup.unbox(group))
@@ -91,8 +91,9 @@ def _bytes(payload: Any) -> int:
 
 
 def expected(run: Run, mesh: Mesh, parameters: int) -> Counter[tuple[str, str]]:
-    """What `Traffic` counts in a step after the first, in fp32, with `parameters` numbers on the rank, padding too.
+    """What `Traffic` counts in a step after the second, in fp32, with `parameters` numbers on the rank, padding too.
 
+    Until then DeepSpeed's ZeRO 3 compares, once, the order that its ranks met the modules in.
     ZeRO 3 is the case in which all weights are kept. A pipeline's tied embedding counts on the pipeline axis.
     """
     found: Counter[tuple[str, str]] = Counter()

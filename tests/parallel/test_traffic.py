@@ -18,7 +18,7 @@ from tests.ranks import on_ranks
 
 
 def counted(preset: str, layout: str, folder: Path, **model: Any) -> list[Any]:
-    """For each rank [what was counted in the second step, what the formula says]."""
+    """For each rank [what was counted in the third step, what the formula says]."""
     run = run_of(config.load(preset), parse(layout))
     run = dataclasses.replace(run, model=dataclasses.replace(run.model, **model))
 
@@ -30,7 +30,7 @@ def counted(preset: str, layout: str, folder: Path, **model: Any) -> list[Any]:
         engine = Engine(run, mesh)
         share = ROWS // mesh.data
         traffic = Traffic(mesh)
-        for step in range(2):
+        for step in range(3):
             starts = range(mesh.data_rank * share, (mesh.data_rank + 1) * share, run.train.micro_batch)
             batches = [rows(run, step, start, run.train.micro_batch) for start in starts]
             traffic = Traffic(mesh)
