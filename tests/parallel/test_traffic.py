@@ -36,11 +36,16 @@ def counted(preset: str, layout: str, folder: Path, **model: Any) -> list[Any]:
             traffic = Traffic(mesh)
             with traffic:
                 engine.train_batch(batches if mesh.reads_data else [], lr=1e-3, count=len(batches))
-        numbers = sum(getattr(part.parameter, "ds_numel", part.parameter.numel()) for part in engine.placed)
+        numbers = sum(_with_padding(part.parameter, mesh.data) for part in engine.placed)
         both = traffic.found, expected(run, mesh, numbers)
         return [{"/".join(key): size for key, size in counts.items()} for counts in both]
 
     return on_ranks(work, run.parallel.world_size(), folder)
+
+
+def _with_padding(parameter: Any, data: int) -> int:
+    """Numbers of a parameter that travel: under ZeRO 3 its shards, which are equal, so that the last may be padded."""
+    return parameter.partition_numel() * data if hasattr(parameter, "ds_id") else parameter.numel()
 
 
 def check(found: list[Any]) -> None:
