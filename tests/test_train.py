@@ -94,6 +94,18 @@ def test_a_run_killed_in_mid_step_continues_bit_for_bit(corpora, straight, tmp_p
     assert [step for step, *_ in losses(tmp_path)] == list(range(1, 9))
 
 
+@pytest.mark.parametrize("axis", ["pipeline", "tensor"])
+def test_a_run_in_stages_or_cuts_that_loses_a_rank_ends_at_once_and_continues_bit_for_bit(
+    corpora, tmp_path, axis, capfd
+):
+    run = run_of(corpora, parallel=Parallel(**{axis: 2}))
+    assert fit(run, tmp_path / "straight") == 0
+    assert fit(run, tmp_path / "killed", before=kill_at(5, rank=1)) == 128 + signal.SIGKILL
+    assert "rank 1 was killed by SIGKILL" in capfd.readouterr().err.splitlines()[-1]
+    assert fit(run, tmp_path / "killed") == 0
+    assert losses(tmp_path / "killed") == losses(tmp_path / "straight")
+
+
 def test_all_zero_stages_and_one_rank_train_alike(corpora, straight, tmp_path):
     alone = run_of(corpora, parallel=Parallel(data=1), train=dataclasses.replace(TRAIN, micro_batch=4))
     assert fit(alone, tmp_path) == 0
