@@ -94,11 +94,11 @@ def test_a_run_killed_in_mid_step_continues_bit_for_bit(corpora, straight, tmp_p
     assert [step for step, *_ in losses(tmp_path)] == list(range(1, 9))
 
 
-@pytest.mark.parametrize("axis", ["pipeline", "tensor"])
+@pytest.mark.parametrize("layout", [Parallel(pipeline=2), Parallel(tensor=2)], ids=["pipeline", "tensor"])
 def test_a_run_in_stages_or_cuts_that_loses_a_rank_ends_at_once_and_continues_bit_for_bit(
-    corpora, tmp_path, axis, capfd
+    corpora, tmp_path, layout, capfd
 ):
-    run = run_of(corpora, parallel=Parallel(**{axis: 2}))
+    run = run_of(corpora, parallel=layout)
     assert fit(run, tmp_path / "straight") == 0
     assert fit(run, tmp_path / "killed", before=kill_at(5, rank=1)) == 128 + signal.SIGKILL
     assert "rank 1 was killed by SIGKILL" in capfd.readouterr().err.splitlines()[-1]
