@@ -32,6 +32,8 @@ class Progress:
     """Steps done."""
     cursor: Cursor
     """Sequences consumed, and the order they come in."""
+    health: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """What heal.health keeps of the steps before."""
 
     def tokens(self, context: int) -> int:
         return self.cursor.consumed * context
@@ -46,21 +48,30 @@ class Saver:
         self._engine = engine
         self._generation = 0
 
-    def resume(self, corpora: list[Corpus], journal: Journal) -> Progress:
-        """Load the newest undamaged checkpoint, if there is one, and begin a new attempt from it."""
+    def resume(self, corpora: list[Corpus], journal: Journal, *, before: int | None = None) -> Progress:
+        """Load the newest undamaged checkpoint, if there is one, and begin a new attempt from it.
+
+        With `before` it is the newest of a step before that one, and has to be there.
+        """
         mesh, run = self._engine.mesh, self._run
-        manifest, faults = newest_valid(self.root, rank=mesh.rank, ranks=mesh.world_size)
+        manifest, faults = newest_valid(self.root, rank=mesh.rank, ranks=mesh.world_size, before=before)
         for fault in faults:
             journal.warn(f"{fault}; an older checkpoint is used, and the steps since are computed again.")
-        step, cursor = 0, None
+        step, cursor, health = 0, None, {}
         if manifest is not None:
             check_model(manifest, self._engine.shapes())
             load(manifest, self._engine.held())
             self._engine.restored(manifest.header["counters"])
             step, cursor = manifest.header["step"], manifest.header["cursor"]
+            health = manifest.header.get("health", {})
         generation = lineage.begin(self.root, manifest.commit if manifest else None) if mesh.rank == 0 else 0
         self._generation = -ranks.lowest_over_ranks(-generation)
-        return Progress(step, _cursor(run, corpora, cursor))
+        return Progress(step, _cursor(run, corpora, cursor), health)
+
+    def has_before(self, step: int) -> bool:
+        """Whether the run has a checkpoint of a step before `step`: rank 0 looks. Every rank must call it."""
+        found = self._engine.mesh.rank > 0 or any(commit.step < step for commit in lineage.commits(self.root))
+        return bool(ranks.lowest_over_ranks(int(found)))
 
     def save(self, progress: Progress, journal: Journal) -> None:
         """Commit the run as it stands, then delete what retention does not keep."""
@@ -81,6 +92,7 @@ class Saver:
             "tokens": progress.tokens(self._run.model.context),
             "cursor": progress.cursor.to_dict(),
             "counters": self._engine.counters(),
+            "health": progress.health,
             "mesh": {"data": mesh.data, "pipeline": mesh.pipeline, "tensor": mesh.tensor},
             "run": to_toml(self._run),
         }

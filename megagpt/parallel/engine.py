@@ -30,6 +30,7 @@ from megagpt.mesh import Groups, Mesh, groups_of
 from megagpt.parallel import guard, ranks, state
 from megagpt.parallel.pipeline import Pipeline, stage_bounds
 from megagpt.parallel.place import Part, Placed, part_of, whole_shapes
+from megagpt.parallel.stopwatch import Stopwatch
 from megagpt.parallel.whole import Axes, Whole
 from megagpt.parallel.zero import deepspeed_config
 
@@ -79,6 +80,7 @@ class Engine:
                 self._driver = Whole(part.gpt(), mesh, self.groups, config=config, optimizer=optimizer)
         self._engine: Any = self._driver.engine
         state.create(self._engine)
+        self._stopwatch = Stopwatch(self._engine.module, self.device)
 
     def train_batch(
         self,
@@ -145,10 +147,14 @@ class Engine:
         return loss
 
     def check_agreement(self, micro_batches: Sequence[Batch]) -> None:
-        """Raise UserError on every rank unless ranks that must read the same, or hold the same weights, do."""
+        """Raise UserError or RunFailure on every rank unless ranks that must read or hold the same do."""
         guard.check_batches(micro_batches, self.mesh, self.device)
         stage = self._engine.zero_optimization_stage()
         guard.check_weights(self.placed, self.mesh, self.groups, zero_stage=stage, tied=self._tied)
+
+    def forward_seconds(self) -> float:
+        """What this rank's layers took in the forward passes of training since the last call."""
+        return self._stopwatch.seconds()
 
     def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
         """The modules of this rank's stage by their names in the whole model, in forward order."""
@@ -225,7 +231,7 @@ class _Update:
         self.skipped, self.applies = False, True
 
     def prepare(self, norm: float, *, take_step: bool) -> None:
-        """The next step's gradients have this norm; if it is not finite, or with `take_step` false, AdamW takes none."""
+        """The next step's gradients have this norm; AdamW takes no step if it is not finite, or not `take_step`."""
         self.norm, self._factor, self.seen_by = norm, 1.0, None
         self.skipped = not math.isfinite(norm)
         self.applies = take_step and not self.skipped
