@@ -17,11 +17,12 @@ import os
 import re
 import socket
 import time
+import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from megagpt.errors import UserError
+from megagpt.errors import RunFailure, UserError
 from megagpt.files import write_whole
 
 Result = Literal["finished", "stopped", "failed"]
@@ -96,20 +97,12 @@ class Outcome:
         return f"{self.result} ({self.cause.replace('_', ' ')}{', ' if place else ''}{place}){step}{said}"
 
 
-class Failure(Exception):  # noqa: N818 - it is what happened, told to people
-    """Ends a rank with a cause of its own, where the exception's kind would not tell it."""
-
-    def __init__(self, cause: Cause, message: str, *, step: int | None = None) -> None:
-        self.cause: Cause = cause
-        self.step = step
-        super().__init__(message)
-
-
 def of_error(error: BaseException, *, rank: int) -> Outcome:
     """The outcome of a rank that an exception has ended."""
-    message = str(error) if isinstance(error, (UserError, Failure)) else f"{type(error).__name__}: {error}"
-    step = error.step if isinstance(error, Failure) else None
-    return ended("failed", _cause(error), message, rank=rank, step=step)
+    if not isinstance(error, UserError):
+        return ended("failed", _cause(error), f"rank {rank} died: {type(error).__name__}: {error}", rank=rank)
+    culprit = error.rank if isinstance(error, RunFailure) and error.rank is not None else rank
+    return ended("failed", _cause(error), str(error), rank=culprit)
 
 
 def ended(result: Result, cause: Cause, message: str = "", *, rank: int | None, step: int | None = None) -> Outcome:
@@ -143,9 +136,13 @@ def attempt_folder(out: Path) -> Path:
     return folder
 
 
-def write_rank(folder: Path, outcome: Outcome) -> None:
-    """Leave a rank's word in the attempt's `folder`. A rank speaks once: what is there already, stays."""
-    path = folder / f"rank-{outcome.rank or 0:05d}.json"
+def rank_file(rank: int) -> str:
+    return f"rank-{rank:05d}.json"
+
+
+def write_rank(folder: Path, outcome: Outcome, *, rank: int) -> None:
+    """Leave the word of `rank` in the attempt's `folder`. A rank speaks once: what is there already, stays."""
+    path = folder / rank_file(rank)
     if not path.exists():
         write(path, outcome)
 
@@ -186,8 +183,8 @@ def verdict(found: list[Outcome]) -> Outcome | None:
 
 
 def _cause(error: BaseException) -> Cause:
-    if isinstance(error, Failure):
-        return error.cause
+    if isinstance(error, RunFailure):
+        return typing.cast(Cause, error.cause) if error.cause in get_args(Cause) else "error"
     if isinstance(error, UserError):
         return "user"
     text = str(error)

@@ -35,10 +35,11 @@ def train_defaults(preset: str) -> Train:
 
 def run_train(options: Train, *, preset: str = "") -> int:
     """Train on the ranks of a launcher, or on local ones started here; then, there, write samples and the report."""
-    from megagpt.parallel import ranks
+    from megagpt.parallel import launcher, ranks
 
+    launcher.adopt_slurm()
     run = checked(config.Run(**_fields(options)))
-    if ranks.launched():
+    if launcher.launched():
         check_world(run, ranks.world_size())
     if ranks.rank() == 0:
         for cost in costs_of(run):
@@ -49,7 +50,7 @@ def run_train(options: Train, *, preset: str = "") -> int:
     if options.dry_run:
         show_plan(run, options.out)
         return 0
-    if ranks.launched():
+    if launcher.launched():
         _fit(run, options.out)
         return 0
     status = ranks.run_local(lambda: _fit(run, options.out), run.parallel.world_size())

@@ -6,9 +6,11 @@ Every finding goes to events.jsonl with its step, the rank at fault (null where 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
+from megagpt import outcome
 from megagpt.checkpoint.saver import Progress, Saver
 from megagpt.config import Run
 from megagpt.data.corpus import Corpus
@@ -37,7 +39,10 @@ def watched(run: Run, out: Path, mesh: Mesh, clock: Clock) -> Iterator[None]:
             append_event(
                 out, "hang", step=culprit.step, rank=culprit.rank, host=culprit.host, cause=words, action="ended"
             )
-        ranks.leave_word(words)
+        word = dataclasses.replace(
+            outcome.ended("failed", "hang", words, rank=culprit.rank, step=culprit.step), host=culprit.host
+        )
+        ranks.leave_word(word, outcome.attempt_folder(out))
 
     try:
         with Watchdog(run.heal, clock, folder, rank=mesh.rank, world=mesh.world_size, tell=tell):
