@@ -45,7 +45,7 @@ def fit(run: Run, out: Path, *, began: float | None = None) -> None:
     clock = Clock(time.time() if began is None else began)
     ranks.join(world=run.parallel.world_size())
     mesh = mesh_of(run.parallel, ranks.rank())
-    with watched(run, out, mesh, clock), StopSignal() as stop:
+    with watched(run, out, mesh, clock) as watchdog, StopSignal() as stop:
         corpora = open_mixture(run.data.mixture)
         engine = Engine(run, mesh)
         if engine.device.type == "cuda":
@@ -73,6 +73,7 @@ def fit(run: Run, out: Path, *, began: float | None = None) -> None:
                 if last or stopping or _due(progress.step, run.checkpoint.every):
                     clock.enter("save", progress.step)
                     saver.save(progress, journal)
+            watchdog.ending = "finished" if progress.step >= total else "stopped"
             journal.ended(progress.step, finished=progress.step >= total)
 
 

@@ -13,12 +13,13 @@ from megagpt.checkpoint.saver import Progress, Saver
 from megagpt.config import Run
 from megagpt.data.corpus import Corpus
 from megagpt.errors import RunFailure
-from megagpt.heal.attempts import Beat, attempt_folder, first_rank_beats, next_attempt
+from megagpt.heal.attempts import Beat, first_rank_beats, put_aside
 from megagpt.heal.clock import Clock
 from megagpt.heal.health import Health
 from megagpt.heal.stragglers import OwnTimes
 from megagpt.heal.watchdog import Watchdog
 from megagpt.mesh import Mesh
+from megagpt.outcome import attempt_folder
 from megagpt.parallel import ranks
 from megagpt.parallel.engine import Engine, Step
 from megagpt.report.journal import Journal
@@ -26,11 +27,12 @@ from megagpt.report.metrics import append_event
 
 
 @contextlib.contextmanager
-def watched(run: Run, out: Path, mesh: Mesh, clock: Clock) -> Iterator[None]:
-    """Give the attempt its number and folder, and its rank a watchdog. Every rank must enter it."""
-    number = next_attempt(out) if mesh.rank == 0 else 0
-    clock.reached = max((beat.reached for beat in first_rank_beats(out)), default=0) if mesh.rank == 0 else 0
-    folder = attempt_folder(out, -ranks.lowest_over_ranks(-number))
+def watched(run: Run, out: Path, mesh: Mesh, clock: Clock) -> Iterator[Watchdog]:
+    """Give this rank a watchdog, and what it leaves on disk a place in the attempt's folder."""
+    folder = attempt_folder(out)
+    if mesh.rank == 0:
+        clock.reached = max((beat.reached for beat in first_rank_beats(out)), default=0)
+        put_aside(folder)
 
     def tell(culprit: Beat, words: str, first: bool) -> None:
         if first:
@@ -40,8 +42,8 @@ def watched(run: Run, out: Path, mesh: Mesh, clock: Clock) -> Iterator[None]:
         ranks.leave_word(words)
 
     try:
-        with Watchdog(run.heal, clock, folder, rank=mesh.rank, world=mesh.world_size, tell=tell):
-            yield
+        with Watchdog(run.heal, clock, folder, rank=mesh.rank, world=mesh.world_size, tell=tell) as watchdog:
+            yield watchdog
     except RunFailure as failure:
         if mesh.rank == 0:
             append_event(
