@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from megagpt.errors import UserError
+from megagpt.errors import RunFailure, UserError
 from megagpt.files import write_whole
 
 Result = Literal["finished", "stopped", "failed"]
@@ -186,7 +186,7 @@ def verdict(found: list[Outcome]) -> Outcome | None:
 
 
 def _cause(error: BaseException) -> Cause:
-    if isinstance(error, Failure):
+    if isinstance(error, (Failure, RunFailure)):
         return error.cause
     if isinstance(error, UserError):
         return "user"

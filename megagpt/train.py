@@ -45,7 +45,7 @@ def fit(run: Run, out: Path, *, began: float | None = None) -> None:
     clock = Clock(time.time() if began is None else began)
     ranks.join(world=run.parallel.world_size())
     mesh = mesh_of(run.parallel, ranks.rank())
-    with watched(run, out, mesh, clock) as watchdog, StopSignal() as stop:
+    with watched(run, out, mesh, clock) as watchdog, StopSignal(out if mesh.rank == 0 else None) as stop:
         corpora = open_mixture(run.data.mixture)
         engine = Engine(run, mesh)
         if engine.device.type == "cuda":
@@ -65,7 +65,7 @@ def fit(run: Run, out: Path, *, began: float | None = None) -> None:
                     feed.start(progress)
                     continue
                 healer.compare_ranks(engine, progress, feed.waited)
-                stopping = ranks.lowest_over_ranks(-int(stop.asked)) < 0
+                stopping = ranks.lowest_over_ranks(-int(stop.cause() is not None)) < 0
                 last = progress.step == total
                 if last or _due(progress.step, run.train.eval_every):
                     clock.enter("evaluation", progress.step)

@@ -37,8 +37,6 @@ class Beat:
     hanging: bool
     ended: str
     """How the attempt ended, as far as this rank knows: empty while it runs, and if it was killed."""
-    reached: int
-    """The furthest step done so far."""
     saves: int
     repeats_first: bool
     """The attempt's first step had been done before."""

@@ -90,7 +90,7 @@ def goodput(out: Path) -> Goodput | None:
 
 def _attempt(beat: Beat) -> dict[str, float]:
     """One attempt's time by kind."""
-    found = dict.fromkeys(KINDS, 0.0)
+    found: dict[str, float] = dict.fromkeys(KINDS, 0.0)
     for phase, seconds in beat.seconds.items():
         found[_KIND_OF.get(phase, phase)] += seconds
     if beat.ended == "hang":

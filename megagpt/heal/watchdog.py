@@ -98,7 +98,6 @@ class Watchdog:
             waiting=_waiting(frame),
             hanging=hanging,
             ended=ended,
-            reached=self._clock.reached,
             saves=self._clock.saves,
             repeats_first=self._clock.repeats_first,
             median_step=self._clock.median_step(),
