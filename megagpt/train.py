@@ -26,11 +26,13 @@ from megagpt.data.loader import train_batches
 from megagpt.evaluate import evaluate_corpus
 from megagpt.heal.clock import Clock
 from megagpt.heal.corruption import train_twice
+from megagpt.heal.goodput import goodput
 from megagpt.heal.healer import Healer, watched
 from megagpt.kernels.tuning import check_ranks_agree
 from megagpt.mesh import mesh_of
 from megagpt.parallel import ranks
 from megagpt.parallel.engine import Engine, Step
+from megagpt.report.goodput import goodput_lines
 from megagpt.report.journal import Journal
 from megagpt.schedule import learning_rate
 from megagpt.stop import StopSignal
@@ -75,6 +77,8 @@ def fit(run: Run, out: Path, *, began: float | None = None) -> None:
                     saver.save(progress, journal)
             watchdog.ending = "finished" if progress.step >= total else "stopped"
             journal.ended(progress.step, finished=progress.step >= total)
+    if mesh.rank == 0 and (split := goodput(out)) is not None:
+        print("\n".join(goodput_lines(split)))
 
 
 def step(run: Run, engine: Engine, progress: Progress, feed: Feed, journal: Journal, clock: Clock) -> Step:

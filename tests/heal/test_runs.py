@@ -175,7 +175,7 @@ def test_a_rank_that_hangs_is_named_within_the_limit_and_all_leave_their_stacks(
 
 
 def slowed(rank: int, seconds: float) -> Any:
-    """This rank takes so much longer for each forward pass."""
+    """Each forward pass takes a rank so much longer."""
 
     def plant() -> None:
         from megagpt.model import Embedding
