@@ -17,7 +17,6 @@ import os
 import re
 import socket
 import time
-import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -137,12 +136,13 @@ def attempt_folder(out: Path) -> Path:
 
 
 def rank_file(rank: int) -> str:
+    """The name of a rank's file."""
     return f"rank-{rank:05d}.json"
 
 
-def write_rank(folder: Path, outcome: Outcome, *, rank: int) -> None:
-    """Leave the word of `rank` in the attempt's `folder`. A rank speaks once: what is there already, stays."""
-    path = folder / rank_file(rank)
+def write_rank(folder: Path, outcome: Outcome) -> None:
+    """Leave a rank's word in the attempt's `folder`. A rank speaks once: what is there already, stays."""
+    path = folder / rank_file(outcome.rank or 0)
     if not path.exists():
         write(path, outcome)
 
@@ -184,12 +184,12 @@ def verdict(found: list[Outcome]) -> Outcome | None:
 
 def _cause(error: BaseException) -> Cause:
     if isinstance(error, RunFailure):
-        return typing.cast(Cause, error.cause) if error.cause in get_args(Cause) else "error"
+        return error.cause
+    if any(isinstance(at, OSError) and at.errno in (errno.ENOSPC, errno.EDQUOT) for at in (error, error.__cause__)):
+        return "disk_full"
     if isinstance(error, UserError):
         return "user"
     text = str(error)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return "disk_full"
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return "out_of_memory"
     if _DEVICE.search(text):

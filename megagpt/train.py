@@ -27,11 +27,13 @@ from megagpt.data.loader import train_batches
 from megagpt.evaluate import evaluate_corpus
 from megagpt.heal.clock import Clock
 from megagpt.heal.corruption import train_twice
+from megagpt.heal.goodput import goodput
 from megagpt.heal.healer import Healer, watched
 from megagpt.kernels.tuning import check_ranks_agree
 from megagpt.mesh import mesh_of
 from megagpt.parallel import ranks
 from megagpt.parallel.engine import Engine, Step
+from megagpt.report.goodput import goodput_lines
 from megagpt.report.journal import Journal
 from megagpt.schedule import learning_rate
 
@@ -45,7 +47,7 @@ def fit(run: Run, out: Path, *, began: float | None = None) -> None:
     clock = Clock(time.time() if began is None else began)
     ranks.join(world=run.parallel.world_size())
     mesh = mesh_of(run.parallel, ranks.rank())
-    with watched(run, out, mesh, clock), stop.StopSignal(out if mesh.rank == 0 else None) as wish:
+    with watched(run, out, mesh, clock) as watchdog, stop.StopSignal(out if mesh.rank == 0 else None) as wish:
         corpora = open_mixture(run.data.mixture)
         engine = Engine(run, mesh)
         if engine.device.type == "cuda":
@@ -73,16 +75,18 @@ def fit(run: Run, out: Path, *, began: float | None = None) -> None:
                 if last or stopping or _due(progress.step, run.checkpoint.every):
                     clock.enter("save", progress.step)
                     saver.save(progress, journal)
-            finished = progress.step >= total
-            journal.ended(progress.step, finished=finished)
+            watchdog.ending = "finished" if progress.step >= total else "stopped"
+            journal.ended(progress.step, finished=progress.step >= total)
             if mesh.rank == 0:
-                _tell_outcome(out, "done" if finished else stop.CAUSES[stopping - 1], progress.step)
+                _tell_outcome(out, "done" if progress.step >= total else stop.CAUSES[stopping - 1], progress.step)
+    if mesh.rank == 0 and (split := goodput(out)) is not None:
+        print("\n".join(goodput_lines(split)))
 
 
 def _tell_outcome(out: Path, cause: outcome.Cause, step: int) -> None:
     """Leave word that the run is saved, and why it ended; the wish to stop, if there was one, is fulfilled."""
     word = outcome.ended("finished" if cause == "done" else "stopped", cause, rank=0, step=step)
-    outcome.write_rank(outcome.attempt_folder(out), word, rank=0)
+    outcome.write_rank(outcome.attempt_folder(out), word)
     stop.forget(out)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ def run_train(options: Train, *, preset: str = "") -> int:
     from megagpt.parallel import launcher, ranks
 
     launcher.adopt_slurm()
+    began = time.time()
     run = checked(config.Run(**_fields(options)))
     if launcher.launched():
         check_world(run, ranks.world_size())
@@ -51,9 +53,8 @@ def run_train(options: Train, *, preset: str = "") -> int:
         show_plan(run, options.out)
         return 0
     if launcher.launched():
-        _fit(run, options.out)
-        return 0
-    status = ranks.run_local(lambda: _fit(run, options.out), run.parallel.world_size())
+        ranks.run_launched(lambda: _fit(run, options.out, began), options.out)
+    status = ranks.run_local(lambda: _fit(run, options.out, began), run.parallel.world_size(), options.out)
     if status == 0:
         finish(run, options.out)
     return status
@@ -91,10 +92,10 @@ def _fields(tree: config.Run) -> dict[str, Any]:
     return {spec.name: getattr(tree, spec.name) for spec in dataclasses.fields(config.Run)}
 
 
-def _fit(run: config.Run, out: Path) -> None:
+def _fit(run: config.Run, out: Path, began: float) -> None:
     from megagpt.train import fit
 
-    fit(run, out)
+    fit(run, out, began=began)
 
 
 def prepare(run: config.Run, out: Path, *, write: bool) -> None:

@@ -116,7 +116,7 @@ def run_launched(work: Callable[[], None], out: Path) -> NoReturn:
 def leave_word(word: outcome.Outcome, attempt: Path) -> None:
     """Say why this rank is about to end: in the attempt's folder, and in its own log where it has one."""
     with contextlib.suppress(OSError):  # a full disk must not hide the cause
-        outcome.write_rank(attempt, word, rank=rank())
+        outcome.write_rank(attempt, word)
     if "MEGAGPT_MEETING" not in os.environ:
         print(f"megagpt: {word.message}", file=sys.stderr, flush=True)
 
