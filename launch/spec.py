@@ -47,10 +47,12 @@ class Cluster:
     """What --gpus-per-node is where it is not given; 0: it must be."""
     gpu_type: str = ""
     """The gres type, where a cluster has several: h100."""
+    gpu_memory_gib: int = 80
+    """Of one GPU: what a layout is chosen by, where the user chose none."""
     cpus_per_task: int = 0
-    """CPUs of one rank; 0: the node's, shared evenly by SLURM's own default."""
+    """CPUs of one rank; 0: what the cluster gives."""
     numa: Literal["auto", "none"] = "auto"
-    """auto: bind each rank to the cores that SLURM gave it, near its GPU."""
+    """auto: keep each rank on its own cores and their memory."""
     exclusive: bool = True
     """Take whole nodes."""
     spares: int = 0
@@ -129,7 +131,7 @@ class Launch:
     hosts: tuple[str, ...] = ()
     """hostfile only: the nodes, in the order of their ranks."""
     source: str = ""
-    """Folder that holds the megagpt package that submitted; empty inside containers, which have their own."""
+    """Folder that holds the package that submitted: the supervisor's and, without a container, the ranks'."""
 
     def world_size(self) -> int:
         return self.nodes * self.gpus_per_node
@@ -152,7 +154,7 @@ class Launch:
     def environment(self) -> dict[str, str]:
         """What every rank finds in its environment beside what it inherits."""
         found = {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
-        if self.source:
+        if self.source and self.cluster.container == "none":
             found["PYTHONPATH"] = self.source
         if self.cluster.network_interface:
             found["NCCL_SOCKET_IFNAME"] = found["GLOO_SOCKET_IFNAME"] = self.cluster.network_interface
