@@ -65,7 +65,7 @@ class Nodes:
         port = launch.cluster.ports[0] + secrets.randbelow(launch.cluster.ports[1] - launch.cluster.ports[0] + 1)
         self.running: dict[str, subprocess.Popen[str]] = {}
         for place, host in enumerate(launch.hosts):
-            process = subprocess.Popen(
+            process = subprocess.Popen(  # noqa: S603 - an argument list of the launch
                 ssh_command(launch, host), stdin=subprocess.PIPE, text=True, start_new_session=True
             )
             self.running[host] = process

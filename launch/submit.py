@@ -56,7 +56,7 @@ def check_slurm(launch: Launch) -> None:
 
 
 def submit_slurm(script: Path, *, chain: int = 0, options: tuple[str, ...] = ()) -> list[str]:
-    """Try the script with sbatch --test-only, then submit it, and `chain` more jobs that wait for it. Returns their ids.
+    """Try the script with sbatch --test-only, then submit it and `chain` jobs that wait for it; returns their ids.
 
     The jobs inherit this environment, secrets with it, but nothing of a job that this may run inside of.
     """

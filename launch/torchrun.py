@@ -8,7 +8,7 @@ from megagpt.launch.spec import Launch
 
 
 def elastic(launch: Launch, *, address: str, node: str, restarts: int) -> list[str]:
-    """The torchrun command with a fixed place for each node. `node` is the node's rank, or what a shell or Kubernetes puts there.
+    """The torchrun command with a fixed place for each node; `node` is its rank, or what a shell or Kubernetes puts there.
 
     It sets RANK and the like, and starts all ranks again if one fails; the run goes on from its newest checkpoint.
     """
@@ -33,8 +33,6 @@ def torchrun_script(launch: Launch, *, layout: str) -> str:
     several = [': "${MASTER_ADDR:?the address of node 0}" "${NODE_RANK:?0 on the first node, 1 on the next}"']
     command = elastic(launch, address="@ADDRESS@", node="@NODE@", restarts=launch.retries.inside)
     line = shlex.join(command).replace("@ADDRESS@", '"$MASTER_ADDR"').replace("@NODE@", '"$NODE_RANK"')
-    line = line.replace("'--master-addr=\"$MASTER_ADDR\"'", '--master-addr="$MASTER_ADDR"')
-    line = line.replace("'--node-rank=\"$NODE_RANK\"'", '--node-rank="$NODE_RANK"')
     return _script(launch, layout, [*(several if launch.nodes > 1 else []), f"exec {line}"])
 
 
