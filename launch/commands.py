@@ -82,10 +82,11 @@ def run_launch(options: LaunchRun, *, kind: Kind) -> int:
         layouts.append(_layout_words(run))
         files[launch.launch_folder() / "run.toml"] = config.to_toml(run)
         files[launch.launch_folder() / "launch.json"] = to_json(launch)
+    out = options.out.absolute()
     if kind == "slurm" and options.sweep:
-        text, script = slurm.sweep_script(launches, layout=layouts[0]), options.out.absolute() / "launch" / "sweep.sh"
+        text, script = slurm.sweep_script(launches, out=out, layout=layouts[0]), out / "launch" / "sweep.sh"
     else:
-        text, script = render(launches[0], layout=layouts[0]), launches[0].launch_folder() / FILES.get(kind, "job.sh")
+        text, script = render(launches[0], layout=layouts[0]), out / "launch" / FILES.get(kind, "job.sh")
     if options.dry_run:
         _show(text, script, files, options)
         return 0
@@ -119,8 +120,8 @@ def make_launch(options: LaunchRun, *, kind: Kind, name: str = "") -> tuple[conf
         kind=kind,
         name=options.out.name if not name else f"{options.out.parent.name}-{name}",
         out=str(out),
-        folder=str(Path.cwd()),
-        command=(interpreter(cluster), "-m", "megagpt.cli", "train", str(settings), "--out", str(out)),
+        folder=cluster.claim_path if kind == "kubernetes" else str(Path.cwd()),
+        command=(interpreter(cluster, kind), "-m", "megagpt.cli", "train", str(settings), "--out", str(out)),
         nodes=nodes,
         gpus_per_node=gpus,
         devices=not options.cpu,

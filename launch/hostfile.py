@@ -19,9 +19,9 @@ import time
 from pathlib import Path
 from types import FrameType
 
+from megagpt import outcome
 from megagpt.launch.spec import Launch, read_launch
 
-USER_ERROR = 2
 GRACE_SECONDS = 20.0
 
 
@@ -47,6 +47,7 @@ def work_of(launch: Launch, place: int, *, port: int, attempt: int, inherited: d
     """What the agent of node `place` is to do."""
     kept = {name: inherited[name] for name in launch.cluster.secrets if name in inherited}
     meeting = {"MASTER_ADDR": launch.hosts[0].rpartition("@")[2], "MASTER_PORT": str(port)}
+    meeting[outcome.ATTEMPT] = str(launch.attempt_folder(attempt))
     sizes = {"WORLD_SIZE": str(launch.world_size()), "LOCAL_WORLD_SIZE": str(launch.gpus_per_node)}
     return {
         "command": list(launch.command),
@@ -113,13 +114,11 @@ class Nodes:
 
 def run(launch: Launch) -> int:
     """Run the launch to its end, starting again after failures as often as it allows; returns the exit status."""
-    attempts = Path(launch.out, "attempts")
-    attempts.mkdir(parents=True, exist_ok=True)
-    first = 1 + max((int(path.name) for path in attempts.iterdir() if path.name.isdecimal()), default=0)
     asked: list[int] = []
     pause = launch.retries.back_off_seconds
-    for attempt in range(first, first + launch.retries.inside + 1):
-        launch.log(attempt, 0).parent.mkdir(parents=True)
+    for _ in range(launch.retries.inside + 1):
+        attempt = int(outcome.begin(Path(launch.out)).name)
+        launch.log(attempt, 0).parent.mkdir()
         nodes = Nodes(launch, attempt)
 
         def ask(number: int, _frame: FrameType | None, nodes: Nodes = nodes) -> None:
@@ -133,7 +132,10 @@ def run(launch: Launch) -> int:
             nodes.close()
             for number, handler in previous.items():
                 signal.signal(number, handler)
-        if not status or status == USER_ERROR or asked:
+        told = outcome.verdict(outcome.words(launch.attempt_folder(attempt)))
+        if told is not None:
+            outcome.write(launch.attempt_folder(attempt) / "outcome.json", told)
+        if not status or asked or (told is not None and told.retry == "never"):
             return status
         print(
             f"megagpt: attempt {attempt} failed on {host}, exit status {status}; again in {pause:.0f} s",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 from megagpt.errors import UserError
@@ -18,13 +19,18 @@ _PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9./_-]*")
 
 
 def job_set(launch: Launch, *, layout: str) -> str:
-    """The manifest. Raises UserError if the profile names no image or no volume for the run."""
+    """The manifest. Raises UserError if the profile names no image or no volume, or the run is not on it."""
     name = kubernetes_name(launch.name)
     if not launch.cluster.image or not launch.cluster.claim:
         missing = "image" if not launch.cluster.image else "claim"
         raise UserError(
             f"the cluster profile has no {missing}, and pods need one.",
             'Add image = "REGISTRY/NAME:TAG" and claim = "VOLUME_CLAIM" to it.',
+        )
+    if not Path(launch.out).is_relative_to(launch.cluster.claim_path):
+        raise UserError(
+            f"the run's folder {launch.out} is not on the volume, which pods see at {launch.cluster.claim_path}.",
+            "Launch from a machine that mounts the volume there too, with --out inside it.",
         )
     manifest = {
         "apiVersion": "jobset.x-k8s.io/v1alpha2",

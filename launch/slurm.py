@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 import sys
 from collections.abc import Sequence
@@ -26,9 +27,9 @@ def batch_script(launch: Launch, *, layout: str) -> str:
     )
 
 
-def sweep_script(launches: Sequence[Launch], *, layout: str) -> str:
-    """One job array, a task a run: launches that differ in their settings alone."""
-    first = launches[0]
+def sweep_script(launches: Sequence[Launch], *, out: Path, layout: str) -> str:
+    """One job array in the folder `out`, a task a run: launches that differ in their settings alone."""
+    first = dataclasses.replace(launches[0], name=out.name, out=str(out))
     files = [f"    {shlex.quote(str(launch.launch_folder() / 'launch.json'))}" for launch in launches]
     return "\n".join(
         [

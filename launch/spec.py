@@ -144,8 +144,8 @@ class Launch:
         return Path(self.out, "launch")
 
     def attempt_folder(self, attempt: int) -> Path:
-        """What one attempt (from 1, over all jobs) leaves: outcome files, logs, node names."""
-        return Path(self.out, "attempts", str(attempt))
+        """What one attempt (from 1, over all jobs) leaves: outcome files (megagpt/outcome.py) and logs."""
+        return Path(self.out, "attempts", f"{attempt:04d}")
 
     def log(self, attempt: int, rank: int) -> Path:
         """What rank `rank` printed, both streams together."""
@@ -154,7 +154,7 @@ class Launch:
     def environment(self) -> dict[str, str]:
         """What every rank finds in its environment beside what it inherits."""
         found = {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
-        if self.source and self.cluster.container == "none":
+        if self.source and self.cluster.container == "none" and self.kind != "kubernetes":
             found["PYTHONPATH"] = self.source
         if self.cluster.network_interface:
             found["NCCL_SOCKET_IFNAME"] = found["GLOO_SOCKET_IFNAME"] = self.cluster.network_interface
@@ -222,8 +222,9 @@ def _value(kind: Any, value: Any, *, name: str) -> Any:
     raise ValueError(f"{name} = {value!r} must be of type {getattr(kind, '__name__', kind)}")
 
 
-def interpreter(cluster: Cluster) -> str:
+def interpreter(cluster: Cluster, kind: Kind) -> str:
     """The Python that ranks run with."""
     if cluster.python:
         return cluster.python
-    return "python3" if cluster.container != "none" else os.path.abspath(sys.executable)  # noqa: PTH100 - a venv's link must stay one
+    inside = cluster.container != "none" or kind == "kubernetes"
+    return "python3" if inside else os.path.abspath(sys.executable)  # noqa: PTH100 - a venv's link must stay one

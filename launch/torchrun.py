@@ -8,7 +8,7 @@ from megagpt.launch.spec import Launch
 
 
 def elastic(launch: Launch, *, address: str, node: str, restarts: int) -> list[str]:
-    """The torchrun command with a fixed place for each node; `node` is its rank, or what a shell or Kubernetes puts there.
+    """The torchrun command with a fixed place for each node; `node` is its rank, or what a shell or a pod puts there.
 
     It sets RANK and the like, and starts all ranks again if one fails; the run goes on from its newest checkpoint.
     """

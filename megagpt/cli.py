@@ -162,6 +162,36 @@ def launch_as(kind: Kind) -> Callable[[list[str]], int]:
     return launch
 
 
+def launch_status(words: list[str]) -> int:
+    from megagpt.launch.watch import Status, run_status
+
+    return run_status(_parse(Status, "launch status", words))
+
+
+def launch_logs(words: list[str]) -> int:
+    from megagpt.launch.watch import Logs, run_logs
+
+    return run_logs(_parse(Logs, "launch logs", words))
+
+
+def launch_why(words: list[str]) -> int:
+    from megagpt.launch.watch import Why, run_why
+
+    return run_why(_parse(Why, "launch why", words))
+
+
+def launch_stop(words: list[str]) -> int:
+    from megagpt.launch.watch import Stop, run_stop
+
+    return run_stop(_parse(Stop, "launch stop", words))
+
+
+def launch_resume(words: list[str]) -> int:
+    from megagpt.launch.watch import Resume, run_resume
+
+    return run_resume(_parse(Resume, "launch resume", words))
+
+
 def report(words: list[str]) -> int:
     from megagpt.report.commands import Report, run_report
 
@@ -220,6 +250,13 @@ COMMANDS = {
     "launch local": Command(
         launch_as("local"), "this machine's GPUs, as a launch", "megagpt launch local gpt3-125m --gpus-per-node 8"
     ),
+    "launch status": Command(
+        launch_status, "state, step, loss, speed, goodput, time left", "megagpt launch status runs/first"
+    ),
+    "launch logs": Command(launch_logs, "a rank's log of any attempt", "megagpt launch logs runs/first --rank 3"),
+    "launch why": Command(launch_why, "the first failing rank, node and cause", "megagpt launch why runs/first"),
+    "launch stop": Command(launch_stop, "save after this step and stop", "megagpt launch stop runs/first"),
+    "launch resume": Command(launch_resume, "submit a stopped run again", "megagpt launch resume runs/first"),
     "report": Command(report, "write a run's report.html again", "megagpt report runs/first"),
     "doctor": Command(doctor, "check this machine, with a remedy for each finding", "megagpt doctor"),
 }
