@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Literal
 
 
 class UserError(Exception):
@@ -28,9 +29,11 @@ class RunFailure(UserError):
 
     exit_status = 1
 
-    def __init__(self, rule: str, remedy: str = "", *, cause: str, rank: int | None = None) -> None:
+    def __init__(
+        self, rule: str, remedy: str = "", *, cause: Literal["diverged", "corruption"], rank: int | None = None
+    ) -> None:
         super().__init__(rule, remedy)
-        self.cause = cause
+        self.cause: Literal["diverged", "corruption"] = cause
         self.rank = rank
 
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from megagpt.errors import UserError
+from megagpt.errors import RunFailure, UserError
 from megagpt.files import write_whole
 
 Result = Literal["finished", "stopped", "failed"]
@@ -186,13 +186,13 @@ def verdict(found: list[Outcome]) -> Outcome | None:
 
 
 def _cause(error: BaseException) -> Cause:
-    if isinstance(error, Failure):
+    if isinstance(error, (Failure, RunFailure)):
         return error.cause
+    if any(isinstance(at, OSError) and at.errno in (errno.ENOSPC, errno.EDQUOT) for at in (error, error.__cause__)):
+        return "disk_full"
     if isinstance(error, UserError):
         return "user"
     text = str(error)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return "disk_full"
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return "out_of_memory"
     if _DEVICE.search(text):

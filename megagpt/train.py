@@ -26,11 +26,13 @@ from megagpt.data.loader import train_batches
 from megagpt.evaluate import evaluate_corpus
 from megagpt.heal.clock import Clock
 from megagpt.heal.corruption import train_twice
+from megagpt.heal.goodput import goodput
 from megagpt.heal.healer import Healer, watched
 from megagpt.kernels.tuning import check_ranks_agree
 from megagpt.mesh import mesh_of
 from megagpt.parallel import ranks
 from megagpt.parallel.engine import Engine, Step
+from megagpt.report.goodput import goodput_lines
 from megagpt.report.journal import Journal
 from megagpt.schedule import learning_rate
 from megagpt.stop import StopSignal
@@ -45,7 +47,7 @@ def fit(run: Run, out: Path, *, began: float | None = None) -> None:
     clock = Clock(time.time() if began is None else began)
     ranks.join(world=run.parallel.world_size())
     mesh = mesh_of(run.parallel, ranks.rank())
-    with watched(run, out, mesh, clock), StopSignal() as stop:
+    with watched(run, out, mesh, clock) as watchdog, StopSignal(out if mesh.rank == 0 else None) as stop:
         corpora = open_mixture(run.data.mixture)
         engine = Engine(run, mesh)
         if engine.device.type == "cuda":
@@ -65,7 +67,7 @@ def fit(run: Run, out: Path, *, began: float | None = None) -> None:
                     feed.start(progress)
                     continue
                 healer.compare_ranks(engine, progress, feed.waited)
-                stopping = ranks.lowest_over_ranks(-int(stop.asked)) < 0
+                stopping = ranks.lowest_over_ranks(-int(stop.cause() is not None)) < 0
                 last = progress.step == total
                 if last or _due(progress.step, run.train.eval_every):
                     clock.enter("evaluation", progress.step)
@@ -73,7 +75,10 @@ def fit(run: Run, out: Path, *, began: float | None = None) -> None:
                 if last or stopping or _due(progress.step, run.checkpoint.every):
                     clock.enter("save", progress.step)
                     saver.save(progress, journal)
+            watchdog.ending = "finished" if progress.step >= total else "stopped"
             journal.ended(progress.step, finished=progress.step >= total)
+    if mesh.rank == 0 and (split := goodput(out)) is not None:
+        print("\n".join(goodput_lines(split)))
 
 
 def step(run: Run, engine: Engine, progress: Progress, feed: Feed, journal: Journal, clock: Clock) -> Step:

@@ -1,7 +1,7 @@
 """What ranks leave on disk about themselves while they run, for each other and for whoever comes after they died.
 
-    attempts/0002/rank-00003.json    a rank's Beat: who and where it is, and its times; rewritten every second or so
-    attempts/0002/rank-00003.stacks  the Python stacks of its threads, if it found itself hanging
+    attempts/0002/beat-00003.json    a rank's Beat: who and where it is, and its times; rewritten every second or so
+    attempts/0002/stacks-00003.txt   the Python stacks of its threads, if it found itself hanging
 
 The last beat of a rank that was killed says when it was alive for the last time, and in which phase.
 """
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,28 +37,17 @@ class Beat:
     hanging: bool
     ended: str
     """How the attempt ended, as far as this rank knows: empty while it runs, and if it was killed."""
-    reached: int
-    """The furthest step done so far."""
     saves: int
-    compiled: int
-    """Steps in the phase `compile`."""
+    repeats_first: bool
+    """The attempt's first step had been done before."""
     median_step: float
     seconds: dict[str, float]
     """By phase; they add up to beat - began."""
 
 
-def next_attempt(out: Path) -> int:
-    """The number of an attempt that begins now, from 1; one process asks, and tells the others."""
-    return max((int(path.name) for path in _folders(out)), default=0) + 1
-
-
-def attempt_folder(out: Path, number: int) -> Path:
-    return out / FOLDER / f"{number:04d}"
-
-
 def write_beat(folder: Path, beat: Beat) -> None:
     """Replace the rank's file, whole; not synced to disk, since it is out of date in a second."""
-    path = folder / f"rank-{beat.rank:05d}.json"
+    path = folder / f"beat-{beat.rank:05d}.json"
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(dataclasses.asdict(beat)), encoding="utf-8")
     temporary.replace(path)
@@ -67,19 +55,20 @@ def write_beat(folder: Path, beat: Beat) -> None:
 
 def read_beats(folder: Path) -> list[Beat]:
     """The last beat of every rank of an attempt, by rank."""
-    return [beat for path in sorted(folder.glob("rank-*.json")) if (beat := _read(path)) is not None]
+    return [beat for path in sorted(folder.glob("beat-?????.json")) if (beat := _read(path)) is not None]
 
 
-def first_rank_beats(out: Path) -> Iterator[Beat]:
-    """The last beat of rank 0 in every attempt, in order."""
-    for folder in _folders(out):
-        beat = _read(folder / "rank-00000.json")
-        if beat is not None:
-            yield beat
+def put_aside(folder: Path) -> None:
+    """Keep rank 0's last beat of an earlier attempt that had the same folder, as where a launcher gives none."""
+    earlier = _read(folder / "beat-00000.json")
+    if earlier is not None:
+        (folder / "beat-00000.json").replace(folder / f"beat-00000-{earlier.began:.0f}.json")
 
 
-def _folders(out: Path) -> list[Path]:
-    return sorted(path for path in (out / FOLDER).glob("[0-9]*") if path.is_dir() and path.name.isdecimal())
+def first_rank_beats(out: Path) -> list[Beat]:
+    """The last beat of rank 0 in every attempt at the run in `out`, in order."""
+    found = (_read(path) for path in (out / FOLDER).glob("*/beat-00000*.json"))
+    return sorted((beat for beat in found if beat is not None), key=lambda beat: beat.began)
 
 
 def _read(path: Path) -> Beat | None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections import Counter, deque
+from collections import deque
 from dataclasses import dataclass
 from typing import Literal
 
@@ -41,7 +41,9 @@ class Clock:
         self.reached = 0
         """The furthest step that was ever done; one up to it is a repeated one."""
         self.saves = 0
-        self.steps: Counter[Phase] = Counter()
+        self.repeats_first = False
+        """The first step of the attempt had been done before."""
+        self._computed = False
         self._durations: deque[float] = deque(maxlen=_STEPS_KEPT)
 
     def now(self) -> float:
@@ -55,14 +57,15 @@ class Clock:
         if last.phase in ("step", "repeated"):
             self._durations.append(now - last.since)
         if phase in COMPUTING:
+            self._computed = True
             self.reached = max(self.reached, step)
-            self.steps[phase] += 1
         self.saves += phase == "save"
         self._now = (Mark(phase, step, now), seconds)
 
     def computing(self, step: int) -> Phase:
         """The phase in which `step` is computed."""
-        if not any(self.steps.values()):
+        if not self._computed:
+            self.repeats_first = step <= self.reached
             return "compile"
         return "repeated" if step <= self.reached else "step"
 

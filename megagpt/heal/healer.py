@@ -6,53 +6,62 @@ Every finding goes to events.jsonl with its step, the rank at fault (null where 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
+from megagpt import outcome
 from megagpt.checkpoint.saver import Progress, Saver
 from megagpt.config import Run
 from megagpt.data.corpus import Corpus
 from megagpt.errors import RunFailure
-from megagpt.heal.attempts import Beat, attempt_folder, first_rank_beats, next_attempt
+from megagpt.heal.attempts import Beat, put_aside, read_beats
 from megagpt.heal.clock import Clock
 from megagpt.heal.health import Health
 from megagpt.heal.stragglers import OwnTimes
 from megagpt.heal.watchdog import Watchdog
 from megagpt.mesh import Mesh
+from megagpt.outcome import Cause
 from megagpt.parallel import ranks
 from megagpt.parallel.engine import Engine, Step
 from megagpt.report.journal import Journal
-from megagpt.report.metrics import append_event
+from megagpt.report.metrics import append_event, read_records
 
 
 @contextlib.contextmanager
-def watched(run: Run, out: Path, mesh: Mesh, clock: Clock) -> Iterator[None]:
-    """Give the attempt its number and folder, and its rank a watchdog. Every rank must enter it."""
-    number = next_attempt(out) if mesh.rank == 0 else 0
-    clock.reached = max((beat.reached for beat in first_rank_beats(out)), default=0) if mesh.rank == 0 else 0
-    folder = attempt_folder(out, -ranks.lowest_over_ranks(-number))
+def watched(run: Run, out: Path, mesh: Mesh, clock: Clock) -> Iterator[Watchdog]:
+    """Give this rank a watchdog, and what it leaves on disk a place in the attempt's folder."""
+    folder = outcome.attempt_folder(out)
+    if mesh.rank == 0:
+        clock.reached = max((record["step"] for record in read_records(out / "metrics.jsonl")), default=0)
+        put_aside(folder)
 
     def tell(culprit: Beat, words: str, first: bool) -> None:
-        if first:
-            append_event(
-                out, "hang", step=culprit.step, rank=culprit.rank, host=culprit.host, cause=words, action="ended"
-            )
+        step = clock.mark().step  # of the culprit only a beat is known, which may be a second old
+        _leave(folder, "hang", words, rank=culprit.rank, host=culprit.host, step=step)
         ranks.leave_word(words)
+        if first:
+            place = {"step": step, "rank": culprit.rank, "host": culprit.host}
+            append_event(out, "hang", **place, cause=words, action="ended")
 
     try:
-        with Watchdog(run.heal, clock, folder, rank=mesh.rank, world=mesh.world_size, tell=tell):
-            yield
+        with Watchdog(run.heal, clock, folder, rank=mesh.rank, world=mesh.world_size, tell=tell) as watchdog:
+            yield watchdog
     except RunFailure as failure:
+        step = clock.mark().step
+        host = next((beat.host for beat in read_beats(folder) if beat.rank == failure.rank), "")
+        if failure.rank is not None:
+            _leave(folder, failure.cause, str(failure), rank=failure.rank, host=host, step=step)
         if mesh.rank == 0:
-            append_event(
-                out,
-                failure.cause,
-                step=clock.mark().step,
-                rank=failure.rank,
-                cause=failure.rule,
-                action="ended",
-            )
+            place = {"step": step, "rank": failure.rank, "host": host}
+            append_event(out, failure.cause, **place, cause=failure.rule, action="ended")
         raise
+
+
+def _leave(folder: Path, cause: Cause, message: str, *, rank: int, host: str, step: int) -> None:
+    """The word of the rank at fault, which may not be able to leave one; the first that knows of it writes it."""
+    word = outcome.ended("failed", cause, message, rank=rank, step=step)
+    outcome.write_rank(folder, dataclasses.replace(word, host=host))
 
 
 class Healer:

@@ -48,10 +48,12 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._watched = threading.get_ident()
         self._over = threading.Event()
+        self.ending = "finished"
+        """How the attempt ends if it ends well."""
 
     def __enter__(self) -> Watchdog:
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._stacks = (self._folder / f"rank-{self._rank:05d}.stacks").open("a")
+        self._stacks = (self._folder / f"stacks-{self._rank:05d}.txt").open("a")
         self._beat("")
         self._thread.start()
         return self
@@ -64,7 +66,7 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
         self._stacks.close()
         self._clock.enter("end", self._clock.mark().step)
-        self._beat("well" if kind is None else getattr(error, "cause", kind.__name__))
+        self._beat(self.ending if kind is None else getattr(error, "cause", kind.__name__))
 
     def limit(self) -> float:
         """Seconds that the present phase may take."""
@@ -96,9 +98,8 @@ class Watchdog:
             waiting=_waiting(frame),
             hanging=hanging,
             ended=ended,
-            reached=self._clock.reached,
             saves=self._clock.saves,
-            compiled=self._clock.steps["compile"],
+            repeats_first=self._clock.repeats_first,
             median_step=self._clock.median_step(),
             seconds=seconds,
         )

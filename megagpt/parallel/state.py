@@ -246,6 +246,7 @@ def _gradient(engine: Any, placed: Placed) -> _Range | None:
 def _weights_from_masters(engine: Any, placed: Sequence[Placed]) -> None:
     optimizer, stage = engine.optimizer, cut_like(engine)
     if stage == 3:
+        optimizer._partition_all_parameters()  # else what is gathered of the weights before would stay
         for group in range(len(optimizer.fp16_groups)):
             optimizer._reassign_or_swap_out_partitioned_parameters(group)
         if optimizer.persistent_parameters:
