@@ -87,6 +87,7 @@ class Nodes:
                 if code is None:
                     continue
                 del self.running[host]
+                self._hang_up(process)
                 if code and not status:
                     failed, status = host, code
                     self.close()
@@ -96,14 +97,18 @@ class Nodes:
     def close(self) -> None:
         """Cut every life line; connections that outlive the grace period are killed."""
         for process in self.running.values():
-            with contextlib.suppress(BrokenPipeError):
-                process.stdin.close()  # type: ignore[union-attr]
+            self._hang_up(process)
         deadline = time.monotonic() + GRACE_SECONDS
         for process in self.running.values():
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(max(0.0, deadline - time.monotonic()))
             if process.poll() is None:
                 process.kill()
+
+    @staticmethod
+    def _hang_up(process: subprocess.Popen[str]) -> None:
+        with contextlib.suppress(BrokenPipeError):  # what was never read is lost with it
+            process.stdin.close()  # type: ignore[union-attr]
 
     @staticmethod
     def _say(process: subprocess.Popen[str], line: str) -> None:
