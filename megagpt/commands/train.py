@@ -30,7 +30,7 @@ def train_defaults(preset: str) -> Train:
     """The options of `megagpt train PRESET` before any flag."""
     run = config.load(preset)
     path = Path(preset)
-    name = path.parent.name if path.name == "run.toml" else path.stem
+    name = path.parent.name if path.name == "run.toml" else path.name.removesuffix(".toml")
     return Train(**_fields(run), out=Path("runs") / (name or "run"))
 
 
