@@ -5,7 +5,7 @@ supervisor adds, for each attempt, where the first rank listens and a random tok
 of another run or of an earlier attempt that comes to the same port finds nothing there. The token keeps out strays,
 not attackers: whoever can reach the port can disturb a run (docs/launch.md).
 
-The lifeline is a TCP connection to the supervisor on which nothing is ever sent after the greeting. The kernels of both
+The lifeline is a TCP connection to the supervisor on which nothing is sent after the greeting. The kernels of both
 ends keep it alive. So it closes at once when the rank ends, however it ends, and falls silent within seconds when its
 node is gone or its cable pulled; no thread of the rank has to run for that.
 """
@@ -44,7 +44,9 @@ def adopt_slurm() -> None:
     tasks = found.get("SLURM_STEP_TASKS_PER_NODE", found["WORLD_SIZE"])
     found["LOCAL_WORLD_SIZE"] = str(tasks_of_node(tasks, int(found.get("SLURM_NODEID", "0"))))
     found.setdefault("MASTER_ADDR", first_host(found.get("SLURM_STEP_NODELIST", "localhost")))
-    found.setdefault("MASTER_PORT", str(20_000 + (int(found["SLURM_JOB_ID"]) * 31 + int(found["SLURM_STEP_ID"])) % 10_000))
+    found.setdefault(
+        "MASTER_PORT", str(20_000 + (int(found["SLURM_JOB_ID"]) * 31 + int(found["SLURM_STEP_ID"])) % 10_000)
+    )
 
 
 def tasks_of_node(text: str, node: int) -> int:

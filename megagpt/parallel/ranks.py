@@ -67,7 +67,7 @@ def run_local(work: Callable[[], None], ranks: int, out: Path | None = None) -> 
 
 
 def _fork(work: Callable[[], None], rank: int, ranks: int, meeting: Path, attempt: Path) -> int:
-    """Start a rank; returns its process id. Ranks meet in one folder, and leave word of how they ended in the other."""
+    """Start a rank; returns its process id. They meet in one folder, and leave word of their end in the other."""
     sys.stdout.flush()
     sys.stderr.flush()
     parent, child = os.getpid(), os.fork()
