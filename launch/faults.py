@@ -15,7 +15,7 @@ from megagpt.outcome import Cause, Outcome
 
 MEMORY_SECONDS = 86_400.0
 OUT = 2
-WEIGHTS: dict[Cause, int] = {"node": 2, "corruption": 2, "rank_lost": 1, "hang": 1}
+WEIGHTS: dict[Cause | str, int] = {"node": 2, "corruption": 2, "rank_lost": 1, "hang": 1}
 """How surely a cause is the node's own fault; those that are not here never are."""
 
 

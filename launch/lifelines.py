@@ -22,6 +22,13 @@ IDLE_SECONDS, INTERVAL_SECONDS, PROBES = 1, 1, 3
 _GREETING_BYTES = 4096
 
 
+def keep_alive(connection: socket.socket) -> None:
+    """Have the kernel notice within seconds that the other end does not answer."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (("IDLE", IDLE_SECONDS), ("INTVL", INTERVAL_SECONDS), ("CNT", PROBES)):
+        connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, f"TCP_KEEP{name}"), value)
+
+
 @dataclass
 class Line:
     """One rank's connection."""
@@ -86,9 +93,7 @@ class Lifelines:
     def _accept(self) -> None:
         connection, _ = self._listener.accept()
         connection.setblocking(False)
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for name, value in (("IDLE", IDLE_SECONDS), ("INTVL", INTERVAL_SECONDS), ("CNT", PROBES)):
-            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, f"TCP_KEEP{name}"), value)
+        keep_alive(connection)
         self._selector.register(connection, selectors.EVENT_READ, None)
 
     def _read(self, connection: socket.socket, line: Line | None) -> None:

@@ -49,6 +49,8 @@ class Shape:
     """After which a silent node counts as down; SLURM's default is 300."""
     requeue_seconds: int = 6
     """Before which a requeued job does not start again; SLURM's default is 120."""
+    disk_mib: int = 24
+    """Of the small disk."""
     grace_seconds: int = 30
     """Between the word to a preempted job and its end."""
 
@@ -84,7 +86,7 @@ class Cluster:
         return ["nsenter", f"--target={self._inside}", "--mount", "--net", "--pid", "--uts", "--", *command]
 
     def env(self) -> dict[str, str]:
-        """This process' environment, for a command inside the lab."""
+        """The environment of this process, for a command inside the lab."""
         outer = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
         path = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
         return {**outer, "SLURM_CONF": str(self.folder / "slurm.conf"), "PATH": path}
@@ -104,9 +106,22 @@ class Cluster:
     def plug_in(self, node: str) -> None:
         self._tell("cable", node, "up")
 
+    def slow_wire(self, node: str, rate: str) -> None:
+        """What comes to the node comes at no more than `rate`, as tc writes it: 50mbit."""
+        self._tell("slow", node, rate)
+
     def kill(self, node: str, pattern: str, number: int = signal.SIGKILL) -> int:
         """Send a signal to the node's processes whose command line contains `pattern`; how many there were."""
         return int(self._tell("kill", node, pattern, str(int(number))))
+
+    @property
+    def small_disk(self) -> Path:
+        """A folder that all nodes share, of `shape.disk_mib`, as it is called inside."""
+        return self.folder / "small"
+
+    def outside(self, path: Path) -> Path:
+        """What a path inside is called for this process."""
+        return Path(f"/proc/{self._inside}/root") / path.relative_to("/")
 
     def job(self, job: str) -> dict[str, str]:
         """What `scontrol show job` says, by field."""
@@ -125,7 +140,7 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def cluster(shape: Shape = Shape()) -> Iterator[Cluster]:  # noqa: B008 - frozen
+def cluster(shape: Shape = Shape()) -> Iterator[Cluster]:
     """Bring a cluster up, and take it down whatever happens. Raises RuntimeError if it does not come up."""
     folder = Path(tempfile.mkdtemp(prefix="megagpt-slurm-"))
     command = [sys.executable, str(Path(__file__).resolve()), str(folder), json.dumps(shape.__dict__)]
@@ -173,6 +188,8 @@ class _Lab:
         socket.sethostname("control")
         for name in ("hosts", "nsswitch.conf", "resolv.conf"):
             self.call("mount", "--bind", str(self.folder / name), str(Path("/etc", name).resolve()))
+        (self.folder / "small").mkdir()
+        self.call("mount", "-t", "tmpfs", "-o", f"size={self.shape.disk_mib}m", "small", str(self.folder / "small"))
         self.call("ip", "link", "set", "lo", "up")
         self.call("ip", "link", "add", "bridge", "type", "bridge")
         self.call("ip", "addr", "add", f"{NETWORK}.1/24", "dev", "bridge")
@@ -207,11 +224,11 @@ class _Lab:
     def first_process(self, node: str) -> int:
         """The process id, in the lab, of the node's first process; its namespaces are ready once it is not ours."""
         outer = self.nodes[node].pid
-        own = os.readlink("/proc/self/ns/net")
+        own = Path("/proc/self/ns/net").readlink()
         while True:
             with contextlib.suppress(FileNotFoundError):
                 children = Path(f"/proc/{outer}/task/{outer}/children").read_text().split()
-                if children and os.readlink(f"/proc/{children[0]}/ns/net") != own:
+                if children and Path(f"/proc/{children[0]}/ns/net").readlink() != own:
                     return int(children[0])
             time.sleep(0.01)
 
@@ -225,16 +242,19 @@ class _Lab:
                 self.boot(node)
             case ["cable", node, state]:
                 self.call("ip", "link", "set", f"to-{node}", state)
+            case ["slow", node, rate]:
+                shaped = ["root", "tbf", "rate", rate, "burst", "64kb", "latency", "200ms"]
+                self.call("tc", "qdisc", "replace", "dev", f"to-{node}", *shaped)
             case ["kill", node, pattern, number]:
                 return str(self.kill(node, pattern, int(number)))
         return "done"
 
     def kill(self, node: str, pattern: str, number: int) -> int:
         """The node's processes are those of its pid namespace."""
-        space, count = os.readlink(f"/proc/{self.first_process(node)}/ns/pid"), 0
+        space, count = Path(f"/proc/{self.first_process(node)}/ns/pid").readlink(), 0
         for folder in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
-                if os.readlink(folder / "ns/pid") == space and pattern.encode() in (folder / "cmdline").read_bytes():
+                if (folder / "ns/pid").readlink() == space and pattern.encode() in (folder / "cmdline").read_bytes():
                     os.kill(int(folder.name), number)
                     count += 1
         return count

@@ -1,8 +1,8 @@
-"""One node's examination before a run: `python -m megagpt.launch.preflight FOLDER --place I --nodes N [--whole]`.
+"""One node's examination before a run: `python -m megagpt.launch.preflight FOLDER --nodes NODE ... [--whole]`.
 
-Writes FOLDER/<node>.json, for the supervisor to judge (preflight_step.py). The quick part is names, clock, disk, memory
-and limits; the whole one adds versions, GPUs with a short burn, and the bandwidth to every other node. Needs torch only
-for the latter. Runs where the ranks will, inside their container.
+Writes FOLDER/<node>.json, for the supervisor to judge (preflight_step.py). The quick part is names, clock, disk,
+memory and limits; the whole one adds versions, GPUs with a short burn, and the bandwidth to every other node, and
+needs torch. Runs where the ranks will, inside their container.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ import shutil
 import socket
 import subprocess
 import time
+from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ WRITE_MIB = 32
 EXCHANGE_MIB = 8
 GPU_EXCHANGE_MIB = 256
 MOST_ROUNDS = 15
+TRIES = 6
 BURN_SECONDS = 3.0
 MEETING_SECONDS = 40.0
 
@@ -138,39 +141,49 @@ def bandwidth(place: int, nodes: int, *, on_gpu: bool) -> dict[str, Any]:
     """MiB/s of an all-reduce over all nodes, and of an exchange with each other node (by its place)."""
     import torch
     import torch.distributed as dist
+    from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
     timeout = timedelta(seconds=MEETING_SECONDS)
-    store = dist.TCPStore(
+    store = TCPStore(
         os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), nodes, place == 0, timeout, wait_for_workers=False
     )
-    store = dist.PrefixStore(os.environ["MEGAGPT_TOKEN"], store)
+    store = PrefixStore(os.environ["MEGAGPT_TOKEN"], store)
     dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=place, world_size=nodes, timeout=timeout)
     size = (GPU_EXCHANGE_MIB if on_gpu else EXCHANGE_MIB) << 20
     sent = torch.ones(size // 4, device="cuda" if on_gpu else "cpu")
     got = torch.empty_like(sent)
-    for _ in range(2):  # the first opens the connections
-        reduced = _timed(lambda: dist.all_reduce(sent), on_gpu=on_gpu)
+    reduced = _timed(lambda: dist.all_reduce(sent), on_gpu=on_gpu)
     pairs: dict[str, float] = {}
     for pairing in rounds(nodes):
         peer = next((a + b - place for a, b in pairing if place in (a, b)), None)
         if peer is not None:
-            operations = [dist.P2POp(dist.isend, sent, peer), dist.P2POp(dist.irecv, got, peer)]
-            for _ in range(2):
-                seconds = _timed(lambda: [work.wait() for work in dist.batch_isend_irecv(operations)], on_gpu=on_gpu)  # noqa: B023
+            exchange = [dist.P2POp(dist.isend, sent, peer), dist.P2POp(dist.irecv, got, peer)]
+            seconds = _timed(partial(_exchange, exchange), on_gpu=on_gpu)
             pairs[str(peer)] = size / seconds / 2**20
         dist.barrier()
     dist.destroy_process_group()
     return {"all_reduce_mib_per_s": size / reduced / 2**20, "pairs_mib_per_s": pairs}
 
 
-def _timed(work: Any, *, on_gpu: bool) -> float:
+def _exchange(operations: list[Any]) -> None:
+    import torch.distributed as dist
+
+    for work in dist.batch_isend_irecv(operations):
+        work.wait()
+
+
+def _timed(work: Callable[[], Any], *, on_gpu: bool) -> float:
+    """Seconds of the fastest of some calls: the first opens the connections, and others may be disturbed."""
     import torch
 
-    began = time.perf_counter()
-    work()
-    if on_gpu:
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
+    seconds = float("inf")
+    for _ in range(TRIES):
+        began = time.perf_counter()
+        work()
+        if on_gpu:
+            torch.cuda.synchronize()
+        seconds = min(seconds, time.perf_counter() - began)
+    return seconds
 
 
 def main() -> None:

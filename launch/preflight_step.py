@@ -27,8 +27,8 @@ from megagpt.parallel.launcher import TOKEN
 
 WHOLE_SECONDS, QUICK_SECONDS = 60.0, 15.0
 CLOCK_SECONDS = 2.0
-SLOW = 0.5
-"""Of the median rate of all pairs."""
+SLOW = 0.35
+"""Of the median of what each node reaches with its best peer."""
 
 
 def unfit(launch: Launch, nodes: Sequence[str], folder: Path, *, whole: bool) -> dict[str, str]:
@@ -119,7 +119,7 @@ def _silent_in_network(reports: Mapping[str, Any]) -> dict[str, str]:
     late = [node for node, report in reports.items() if not report.get("complete")]
     if len(late) == len(reports):
         return {}
-    return {node: "did not finish its examination" for node in late}
+    return dict.fromkeys(late, "did not finish its examination")
 
 
 def _most_common(found: Sequence[dict[str, str] | None]) -> dict[str, str]:
@@ -138,7 +138,12 @@ def slow_nodes(rates: Mapping[tuple[str, str], float]) -> dict[str, str]:
     left, bad = dict(rates), {}
     if not left:
         return {}
-    usual = statistics.median(left.values())
+    best = [
+        max(rate for pair, rate in left.items() if name in pair) for name in {name for pair in left for name in pair}
+    ]
+    usual = statistics.median(
+        best
+    )  # of the nodes' best pairs: a slow node spoils half of all pairs, and but one of these
     while slow := [pair for pair, rate in left.items() if rate < SLOW * usual]:
         names = {name for pair in left for name in pair}
         count = Counter(name for pair in slow for name in pair)

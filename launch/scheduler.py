@@ -24,6 +24,11 @@ def own_job() -> str:
     return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]
 
 
+def own_node() -> str:
+    """The name that SLURM has for this node."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
 def nodes_of_job() -> list[str]:
     """The nodes of this allocation, in SLURM's order, which follows the topology where it knows one."""
     return asked("scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]).split()

@@ -4,7 +4,7 @@
 
     the time limit is near (USR1), or the job is preempted (TERM)  ->  the stop file; ranks save; come again
     a rank dies, hangs or says that it cannot go on                ->  decide.py: restart here, come again, or end
-    a node dies, falls silent or fails its preflight               ->  faults.py: never again in this job, nor for a day
+    a node dies, falls silent or fails its preflight               ->  faults.py: not again for a day
     the run is done                                                ->  it is done, whatever signal comes late
 
 Standard library alone. What it did is in <out>/attempts/NNNN: start.json, outcome.json, preflight/, logs/.
@@ -12,6 +12,7 @@ Standard library alone. What it did is in <out>/attempts/NNNN: start.json, outco
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -19,11 +20,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
+from typing import TypeVar
 
 from megagpt import outcome, stop
 from megagpt.checkpoint import lineage
+from megagpt.files import write_whole
 from megagpt.launch import faults, preflight_step, scheduler
 from megagpt.launch.decide import Attempt, decide
 from megagpt.launch.lifelines import Lifelines, Line
@@ -32,11 +36,14 @@ from megagpt.launch.srun import srun_command
 from megagpt.outcome import Cause, Outcome
 from megagpt.parallel.launcher import LIFELINE, TOKEN
 
+Written = TypeVar("Written")
 LOOK_SECONDS = 0.1
+DEPUTIES = 2
 GRACE_SECONDS = 2.0
 """For the other ranks to say what they know, after the first has fallen."""
 LEAVE_SECONDS = 60.0
 """For ranks to end once the run is saved and its outcome written."""
+DISK_WAIT_SECONDS, DISK_SECONDS = 5.0, 600.0
 ORPHAN_SECONDS = 10.0
 """After which a rank that ended well while others run counts as lost."""
 
@@ -60,6 +67,36 @@ class Supervisor:
         if stop.asked(self.out) == "asked" and not self.restart.endswith(".0"):
             return self._say("the run is asked to stop, and was not running", 0)
         stop.forget(self.out)
+        self._close_attempts()
+        with Lifelines() as lines:
+            deputies = self._start_deputies(lines.address)
+            try:
+                return self._keep_running()
+            finally:
+                if deputies is not None:
+                    deputies.terminate()
+
+    def _start_deputies(self, address: str) -> subprocess.Popen[bytes] | None:
+        """On two other nodes of the job, in case that this one dies."""
+        host = scheduler.own_node()
+        others = [node for node in self._good_nodes() if node != host][:DEPUTIES]
+        if not others:
+            return None
+        command = ["srun", "--overlap", f"--nodes={len(others)}", f"--ntasks={len(others)}", "--ntasks-per-node=1"]
+        command += [f"--nodelist={','.join(others)}", "--mem=0", "--kill-on-bad-exit=0", "--export=ALL"]
+        address = f"{host}:{address.rsplit(':', 1)[1]}"
+        command += [sys.executable, "-m", "megagpt.launch.deputy", address, self.job, str(self.ledger)]
+        return subprocess.Popen(command)  # noqa: S603 - our own module
+
+    def _close_attempts(self) -> None:
+        """Attempts of earlier jobs whose supervisor went with its node ended by that."""
+        for folder in sorted((self.out / "attempts").glob("[0-9]*")):
+            if (folder / "start.json").exists() and not (folder / "outcome.json").exists():
+                word = outcome.verdict(outcome.words(folder))
+                lost = outcome.ended("failed", "node", "its batch node or its job ended without a word", rank=None)
+                self._ended(folder, word or lost)
+
+    def _keep_running(self) -> int:
         while True:
             nodes = self._good_nodes()
             ended = self._attempt(nodes) if len(nodes) >= self.launch.nodes else self._too_few(nodes)
@@ -89,10 +126,10 @@ class Supervisor:
         return self._ended(folder, outcome.ended("failed", "node", words, rank=None))
 
     def _begin(self, nodes: list[str]) -> Path:
-        folder = outcome.begin(self.out)
+        folder = self._patiently(lambda: outcome.begin(self.out))
         (folder / "logs").mkdir()
         start = {"job": self.restart, "nodes": nodes, "time": time.time(), "commits": _commit(self.out)}
-        (folder / "start.json").write_text(json.dumps(start))
+        self._patiently(lambda: write_whole(folder / "start.json", json.dumps(start)))
         return folder
 
     def _attempt(self, nodes: list[str]) -> Outcome:
@@ -127,6 +164,7 @@ class Supervisor:
         }
         command = srun_command(self.launch, nodes=nodes, attempt=int(folder.name))
         self._say(f"attempt {int(folder.name)} on {','.join(nodes)}")
+        (folder / "nodes").write_text("\n".join(nodes))
         log = folder / "logs" / "srun.log"
         with log.open("wb") as output:
             process = subprocess.Popen(  # noqa: S603 - the launch's own command
@@ -181,6 +219,9 @@ class Supervisor:
         if self.reason is not None:
             return outcome.ended("stopped", self.reason, "before it could save", rank=None)
         task = scheduler.first_failed_task(log)
+        if task is None and lines.lost():
+            first = lines.lost()[0]
+            task = first.rank, first.host, "ended without a word"
         if task is not None:
             rank, host, end = task
             return outcome.ended("failed", "rank_lost", f"rank {rank} on {host}: {end}", rank=rank, host=host)
@@ -194,8 +235,20 @@ class Supervisor:
         return outcome.ended("stopped", cause, word.message, rank=None, step=word.step)
 
     def _ended(self, folder: Path, ended: Outcome) -> Outcome:
-        outcome.write(folder / "outcome.json", ended)
+        self._patiently(lambda: outcome.write(folder / "outcome.json", ended))
         return ended
+
+    def _patiently(self, write: Callable[[], Written]) -> Written:
+        """Do something that writes; while the disk is full, try again for some minutes: someone may make room."""
+        until = time.monotonic() + DISK_SECONDS
+        while True:
+            try:
+                return write()
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT) or time.monotonic() > until or self.reason:
+                    raise
+                self._say(f"waiting for room on the disk of {self.out}")
+                self._rest(DISK_WAIT_SECONDS)
 
     def _rest(self, seconds: float) -> None:
         """Wait before another attempt, unless the job is to end."""
@@ -205,7 +258,8 @@ class Supervisor:
 
     def _take_signals(self) -> None:
         def note(number: int, _frame: FrameType | None) -> None:
-            self.reason = self.reason or ("time_limit" if number == signal.SIGUSR1 else "preempted")
+            cause: Cause = "time_limit" if number == signal.SIGUSR1 else "preempted"
+            self.reason = self.reason or cause
 
         signal.signal(signal.SIGUSR1, note)
         signal.signal(signal.SIGTERM, note)

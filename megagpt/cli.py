@@ -186,6 +186,13 @@ def launch_stop(words: list[str]) -> int:
     return run_stop(_parse(Stop, "launch stop", words))
 
 
+def launch_drill(words: list[str]) -> int:
+    from megagpt.launch.drill import Drill, run_drill
+
+    preset, rest = (words[0], words[1:]) if words and not words[0].startswith("-") else ("quickstart", words)
+    return run_drill(_parse(Drill, "launch drill", rest), preset=preset)
+
+
 def launch_resume(words: list[str]) -> int:
     from megagpt.launch.watch import Resume, run_resume
 
@@ -256,6 +263,9 @@ COMMANDS = {
     "launch logs": Command(launch_logs, "a rank's log of any attempt", "megagpt launch logs runs/first --rank 3"),
     "launch why": Command(launch_why, "the first failing rank, node and cause", "megagpt launch why runs/first"),
     "launch stop": Command(launch_stop, "save after this step and stop", "megagpt launch stop runs/first"),
+    "launch drill": Command(
+        launch_drill, "rehearse a run's bad days on a throw-away SLURM", "megagpt launch drill gpt3-1.3b"
+    ),
     "launch resume": Command(launch_resume, "submit a stopped run again", "megagpt launch resume runs/first"),
     "report": Command(report, "write a run's report.html again", "megagpt report runs/first"),
     "doctor": Command(doctor, "check this machine, with a remedy for each finding", "megagpt doctor"),

@@ -1,0 +1,132 @@
+"""One rehearsed run: submitted to a cluster, followed by what it leaves on disk, and measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from megagpt import outcome
+from megagpt.config import Run, to_toml
+from megagpt.launch.slurm import batch_script
+from megagpt.launch.spec import Launch, to_json
+from megagpt.outcome import Outcome
+
+LOOK_SECONDS = 0.05
+PATIENCE_SECONDS = 300.0
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL", "TIMEOUT", "OUT_OF_MEMORY")
+
+
+class Slurm(Protocol):
+    """What a rehearsal needs of a cluster."""
+
+    def run(self, *command: str, check: bool = True) -> str:
+        """What a command of SLURM's prints."""
+        ...
+
+    def job(self, job: str) -> dict[str, str]:
+        """What `scontrol show job` says, by field."""
+        ...
+
+    def outside(self, path: Path) -> Path:
+        """What a path on the nodes is called for this process."""
+        ...
+
+
+@dataclass
+class Rehearsal:
+    """A run that was submitted."""
+
+    slurm: Slurm
+    launch: Launch
+    submitted: float = field(default_factory=time.time)
+    jobs: list[str] = field(default_factory=list)
+
+    @property
+    def out(self) -> Path:
+        """The run's folder, as this process calls it."""
+        return self.slurm.outside(Path(self.launch.out))
+
+    def steps(self) -> list[dict[str, Any]]:
+        """The records of the steps, without a torn last line."""
+        path = self.out / "metrics.jsonl"
+        text = path.read_text() if path.exists() else ""
+        return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+    def losses(self) -> list[tuple[int, float, float]]:
+        return [(record["step"], record["loss"], record["grad_norm"]) for record in self.steps()]
+
+    def attempts(self) -> list[Path]:
+        return sorted(self.out.glob("attempts/[0-9]*"))
+
+    def start(self, attempt: Path) -> dict[str, Any]:
+        """What the supervisor wrote down as the attempt began."""
+        return json.loads((attempt / "start.json").read_text())
+
+    def outcomes(self) -> list[Outcome]:
+        found = (outcome.read(attempt / "outcome.json") for attempt in self.attempts())
+        return [ended for ended in found if ended is not None]
+
+    def nodes(self) -> list[str]:
+        """Where the ranks of the newest attempt are, in the order of ranks."""
+        newest = self.attempts()[-1]
+        return (newest / "nodes").read_text().split()
+
+    def state(self) -> str:
+        return self.slurm.job(self.jobs[-1]).get("JobState", "")
+
+    def wait(self, until: Callable[[], Any], what: str) -> float:
+        """Wait until something is so; the moment it was. Raises TimeoutError if it never is."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not until():
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{what} did not come in {PATIENCE_SECONDS:.0f} s")
+            time.sleep(LOOK_SECONDS)
+        return time.time()
+
+    def wait_for_step(self, step: int) -> float:
+        return self.wait(lambda: len(self.steps()) >= step or self.state() in ENDED, f"step {step}")
+
+    def finish(self) -> str:
+        """Wait for the end of the run, in whichever job it ends; the last job's state."""
+
+        def over() -> bool:
+            newest = self.slurm.run("squeue", "--noheader", "--format=%i", f"--name={self.launch.name}", check=False)
+            self.jobs += [job for job in newest.split() if job not in self.jobs]
+            return self.state() in ENDED
+
+        self.wait(over, "the job's end")
+        return self.state()
+
+
+def submit(slurm: Slurm, launch: Launch, run: Run) -> Rehearsal:
+    """Write the launch and submit it."""
+    folder = slurm.outside(launch.launch_folder())
+    folder.mkdir(parents=True)
+    (folder / "run.toml").write_text(to_toml(run))
+    (folder / "launch.json").write_text(to_json(launch))
+    (folder / "job.sh").write_text(batch_script(launch, layout="as in the preset"))
+    found = Rehearsal(slurm, launch)
+    found.jobs.append(slurm.run("sbatch", "--parsable", str(launch.launch_folder() / "job.sh")).split(";")[0])
+    return found
+
+
+def launch_of(run: Run, out: Path, *, base: Launch) -> Launch:
+    """The launch of one scene in its own folder."""
+    settings = out / "launch" / "run.toml"
+    words = (base.command[0], "-m", "megagpt.cli", "train", str(settings), "--out", str(out))
+    world = run.parallel.world_size()
+    nodes = min(2, world)
+    return dataclasses.replace(
+        base,
+        name=f"drill-{out.name}-{os.getpid()}",
+        out=str(out),
+        command=words,
+        nodes=nodes,
+        gpus_per_node=world // nodes,
+    )
