@@ -1,8 +1,8 @@
-"""Stands in when the batch node dies: `python -m megagpt.launch.deputy HOST:PORT JOB LEDGER`, on another node of the job.
+"""Stands in when the batch node dies: `python -m megagpt.launch.deputy HOST:PORT JOB LEDGER`, on another node.
 
-A job that may outlive its nodes (--no-kill) also outlives the node of its batch script, and then holds all others, idle,
-until its time is up: seen on SLURM 22.05. A deputy keeps a connection to the supervisor. When that breaks and the batch
-node's slurmd does not answer either, it sends the job back to the queue. Standard library alone.
+A job that may outlive its nodes (--no-kill) also outlives the node of its batch script, and then holds all others,
+idle, until its time is up: seen on SLURM 22.05. A deputy keeps a connection to the supervisor. When that breaks and
+the batch node's slurmd does not answer either, it sends the job back to the queue. Standard library alone.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 ANSWER_SECONDS = 60.0
+STEP_SECONDS = 1.0
 _TASK = re.compile(r"error: ([\w.-]+): tasks? (\d+)[\d,-]*: (?!Terminated)(.*)")
 
 
@@ -73,14 +74,15 @@ def first_failed_task(log: Path) -> tuple[int, str, str] | None:
 
 def end_step(process: subprocess.Popen[bytes], job: str, steps: set[str]) -> None:
     """Kill a step's tasks wherever they can be reached, and its srun, which would wait for lost nodes."""
-    for step in sorted(steps):
-        asked("scancel", "--signal=KILL", f"{job}.{step}")
+    words = ["scancel", "--signal=KILL"]
+    cancels = [subprocess.Popen([*words, f"{job}.{step}"], stderr=subprocess.DEVNULL) for step in sorted(steps)]  # noqa: S603
     process.terminate()
-    try:
-        process.wait(3.0)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+    for waiting in (process, *cancels):  # scancel waits for nodes that do not answer
+        try:
+            waiting.wait(STEP_SECONDS)
+        except subprocess.TimeoutExpired:
+            waiting.kill()
+            waiting.wait()
 
 
 def come_again(job: str, script: Path, excluded: Mapping[str, str], seconds: float = 60.0) -> str:

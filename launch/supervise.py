@@ -12,6 +12,7 @@ Standard library alone. What it did is in <out>/attempts/NNNN: start.json, outco
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -39,7 +40,7 @@ from megagpt.parallel.launcher import LIFELINE, TOKEN
 Written = TypeVar("Written")
 LOOK_SECONDS = 0.1
 DEPUTIES = 2
-GRACE_SECONDS = 2.0
+GRACE_SECONDS = 1.0
 """For the other ranks to say what they know, after the first has fallen."""
 LEAVE_SECONDS = 60.0
 """For ranks to end once the run is saved and its outcome written."""
@@ -73,27 +74,27 @@ class Supervisor:
             try:
                 return self._keep_running()
             finally:
-                if deputies is not None:
-                    deputies.terminate()
+                for deputy in deputies:
+                    deputy.terminate()
 
-    def _start_deputies(self, address: str) -> subprocess.Popen[bytes] | None:
-        """On two other nodes of the job, in case that this one dies."""
+    def _start_deputies(self, address: str) -> list[subprocess.Popen[bytes]]:
+        """On two other nodes of the job, in case that this one dies; a step each, so that each outlives the other."""
         host = scheduler.own_node()
-        others = [node for node in self._good_nodes() if node != host][:DEPUTIES]
-        if not others:
-            return None
-        command = ["srun", "--overlap", f"--nodes={len(others)}", f"--ntasks={len(others)}", "--ntasks-per-node=1"]
-        command += [f"--nodelist={','.join(others)}", "--mem=0", "--kill-on-bad-exit=0", "--export=ALL"]
         address = f"{host}:{address.rsplit(':', 1)[1]}"
-        command += [sys.executable, "-m", "megagpt.launch.deputy", address, self.job, str(self.ledger)]
-        return subprocess.Popen(command)  # noqa: S603 - our own module
+        work = [sys.executable, "-m", "megagpt.launch.deputy", address, self.job, str(self.ledger)]
+        step = ["srun", "--overlap", "--nodes=1", "--ntasks=1", "--mem=0", "--export=ALL", "--quiet"]
+        others = [node for node in self._good_nodes() if node != host]
+        return [subprocess.Popen([*step, f"--nodelist={node}", *work]) for node in others[-DEPUTIES:]]  # noqa: S603
 
     def _close_attempts(self) -> None:
         """Attempts of earlier jobs whose supervisor went with its node ended by that."""
+        out = faults.excluded(self.ledger)
         for folder in sorted((self.out / "attempts").glob("[0-9]*")):
             if (folder / "start.json").exists() and not (folder / "outcome.json").exists():
-                word = outcome.verdict(outcome.words(folder))
-                lost = outcome.ended("failed", "node", "its batch node or its job ended without a word", rank=None)
+                bad = [node for node in json.loads((folder / "start.json").read_text())["nodes"] if node in out]
+                words = out[bad[0]] if bad else "its job ended without a word"
+                lost = outcome.ended("failed", "node" if bad else "rank_lost", words, rank=None, host=(bad or [""])[0])
+                word = None if bad else outcome.verdict(outcome.words(folder))
                 self._ended(folder, word or lost)
 
     def _keep_running(self) -> int:
@@ -170,25 +171,35 @@ class Supervisor:
             process = subprocess.Popen(  # noqa: S603 - the launch's own command
                 [command[0], "--overlap", *command[1:]], env=environment, stdout=output, stderr=output
             )
-        asked = self._watch(process, folder, lines, log)
-        scheduler.end_step(process, self.job, {line.step_id for line in lines.alive() if line.step_id})
-        return self._judge(folder, lines, log, process.returncode, asked=asked)
+        asked, noticed = self._watch(process, folder, lines, log)
+        scheduler.end_step(process, self.job, {line.step_id for line in lines.lines if line.ended is None})
+        self._see_them_gone(lines)
+        ended = self._judge(folder, lines, log, process.returncode, asked=asked)
+        return ended if ended.result == "finished" else dataclasses.replace(ended, time=noticed)
 
-    def _watch(self, process: subprocess.Popen[bytes], folder: Path, lines: Lifelines, log: Path) -> bool:
-        """Wait until the ranks have ended or must be; whether the user asked them to stop meanwhile."""
-        told, asked, over = False, False, float("inf")
+    def _see_them_gone(self, lines: Lifelines) -> None:
+        """Wait until no rank holds a GPU of a node that answers: the next attempt needs it."""
+        until = time.monotonic() + LEAVE_SECONDS
+        while any(self._reachable(line) for line in lines.alive()) and time.monotonic() < until:
+            time.sleep(LOOK_SECONDS)
+
+    def _watch(
+        self, process: subprocess.Popen[bytes], folder: Path, lines: Lifelines, log: Path
+    ) -> tuple[bool, float]:
+        """Wait until the ranks have ended or must be; whether the user asked them to stop, and when it was seen."""
+        told, asked, over, noticed = False, False, float("inf"), 0.0
         while process.poll() is None and time.monotonic() < over:
             if self.reason is not None and not told:
                 stop.ask(self.out, self.reason)
                 told = True
             asked = asked or (not told and stop.asked(self.out) is not None)
             word = outcome.verdict(outcome.words(folder))
-            if over == float("inf") and word is not None and word.result != "failed":
-                over = time.monotonic() + LEAVE_SECONDS
-            elif over == float("inf") and (word or self._fallen(lines) or scheduler.first_failed_task(log)):
-                over = time.monotonic() + GRACE_SECONDS
+            well = word is not None and word.result != "failed"
+            if not noticed and (word or self._fallen(lines) or scheduler.first_failed_task(log)):
+                noticed = time.time()
+                over = time.monotonic() + (LEAVE_SECONDS if well else GRACE_SECONDS)
             time.sleep(LOOK_SECONDS)
-        return asked
+        return asked, noticed or time.time()
 
     def _fallen(self, lines: Lifelines) -> bool:
         """Whether a connection tells of a lost node, or of a rank that went while others stay."""
