@@ -5,8 +5,8 @@
     guard    check_agreement alone, timed by itself: what happens every train.guard_every steps
 
 Every round trains the same steps of a small model on 2 ranks, in an order that turns. A step counts twice: by the wall
-clock, the median, which asks for a quiet machine; and by the processor time of the first rank with all its threads, the
-mean, which a busy machine disturbs less.
+clock, the median, which asks for a quiet machine; and by the processor time of the first rank with all its threads,
+the mean, which a busy machine disturbs less.
     python benchmarks/healing.py [--rounds 8] [--write]
 """
 

@@ -3,8 +3,8 @@
     <out>/attempts/0003/rank-00005.json     what rank 5 knows of its own end; the first rank alone tells of success
     <out>/attempts/0003/outcome.json        the verdict over all ranks, by whoever started them
 
-An attempt is one start of all ranks. Its ranks rarely die of one cause: the first falls, and its neighbours complain of
-a lost connection. `verdict` picks the first cause and not the loudest. Standard library only: the supervisor reads
+An attempt is one start of all ranks. Its ranks rarely die of one cause: the first falls, and its neighbours complain
+of a lost connection. `verdict` picks the first cause and not the loudest. Standard library only: the supervisor reads
 these files on a batch node that may have nothing but Python.
 """
 
@@ -96,7 +96,7 @@ class Outcome:
         return f"{self.result} ({self.cause.replace('_', ' ')}{', ' if place else ''}{place}){step}{said}"
 
 
-class Failure(Exception):  # noqa: N818 - it is what happened, told to people
+class Failure(Exception):
     """Ends a rank with a cause of its own, where the exception's kind would not tell it."""
 
     def __init__(self, cause: Cause, message: str, *, step: int | None = None) -> None:
@@ -133,7 +133,7 @@ def begin(out: Path) -> Path:
 
 
 def attempt_folder(out: Path) -> Path:
-    """This rank's attempt: as whoever started it says, else named after torchrun's round, else `launched`."""
+    """A rank's attempt: as whoever started it says, else named after torchrun's round, else `launched`."""
     named = os.environ.get(ATTEMPT)
     if named:
         return Path(named)
