@@ -54,15 +54,17 @@ def fit(run: Run, out: Path) -> None:
         with contextlib.closing(_batches(run, corpora, progress, engine)) as batches:
             while progress.step < total:
                 done = step(run, engine, progress, batches, journal)
-                _refuse_divergence(done, progress.step, saver.root)
+                _refuse_divergence(done, progress.step, str(saver.root))
                 stopping = ranks.lowest_over_ranks(-int(stop.asked)) < 0
                 last = progress.step == total
                 if last or _due(progress.step, run.train.eval_every):
-                    evaluate(run, engine, progress, corpora, journal)
-                if last or stopping or _due(progress.step, run.checkpoint.every):
+                    saver.evaluated(progress.step, evaluate(run, engine, progress, corpora, journal))
+                due = saver.due(progress.step, journal)
+                if last or stopping or due:
                     saver.save(progress, journal)
                 if stopping:
                     break
+        saver.finish(journal)
         journal.ended(progress.step, finished=progress.step >= total)
 
 
@@ -94,7 +96,7 @@ def step(run: Run, engine: Engine, progress: Progress, batches: Iterator[list[Ba
     return done
 
 
-def _refuse_divergence(done: Step, step: int, root: Path) -> None:
+def _refuse_divergence(done: Step, step: int, root: str) -> None:
     if not math.isfinite(done.loss + done.grad_norm) and not done.skipped:
         raise UserError(
             f"step {step:,} has loss {done.loss:g} and gradient norm {done.grad_norm:g}: the run has diverged.",
@@ -102,8 +104,9 @@ def _refuse_divergence(done: Step, step: int, root: Path) -> None:
         )
 
 
-def evaluate(run: Run, engine: Engine, progress: Progress, corpora: list[Corpus], journal: Journal) -> None:
-    """The loss on held-out documents of every corpus."""
+def evaluate(run: Run, engine: Engine, progress: Progress, corpora: list[Corpus], journal: Journal) -> float:
+    """Record the loss on held-out documents of every corpus; returns their mean."""
+    losses = []
     for corpus in corpora:
         result = evaluate_corpus(
             engine.eval_batch,
@@ -117,6 +120,8 @@ def evaluate(run: Run, engine: Engine, progress: Progress, corpora: list[Corpus]
             counts=engine.mesh.reports,
         )
         journal.evaluation(result, step=progress.step, tokens=progress.tokens(run.model.context))
+        losses.append(result.loss)
+    return sum(losses) / len(losses)
 
 
 def _batches(
