@@ -14,6 +14,7 @@ import pytest
 
 from megagpt import outcome
 from megagpt.checkpoint import lineage
+from megagpt.checkpoint.folders import folder_at
 from megagpt.config import Checkpoint, Heal, Parallel, Report, Train
 from megagpt.heal.goodput import goodput
 from megagpt.heal.watchdog import HANG_STATUS
@@ -45,8 +46,11 @@ def events(out: Path, name: str) -> list[dict[str, Any]]:
 
 
 def final_weights(out: Path) -> list[bytes]:
-    folder = next(lineage.commits(out / "checkpoints")).folder
-    return [path.read_bytes() for path in sorted(folder.glob("*.safetensors"))]
+    commit = next(lineage.commits(folder_at(out / "checkpoints")))
+    files = (out / "checkpoints").glob(f"gen-{commit.generation:04d}/step-{commit.step:09d}/*.safetensors")
+    found = [path.read_bytes() for path in sorted(files)]
+    assert found
+    return found
 
 
 def spiking(*steps: int) -> Any:
@@ -158,7 +162,7 @@ def test_a_rank_that_hangs_is_named_within_the_limit_and_all_leave_their_stacks(
     (event,) = events(tmp_path, "hang")
     assert (event["rank"], event["step"], event["action"]) == (rank, 14, "ended")
     assert seconds < 25
-    folder = outcome.attempt_folder(tmp_path)
+    folder = tmp_path / "attempts" / "0001"
     word = outcome.read(folder / f"rank-{rank:05d}.json")
     assert word is not None
     assert (word.cause, word.rank, word.retry) == ("hang", rank, "back_off")
@@ -169,7 +173,7 @@ def test_a_rank_that_hangs_is_named_within_the_limit_and_all_leave_their_stacks(
         assert "then_stick" in said
     else:
         assert "its process has not run for" in said
-    split = goodput(tmp_path)
+    split = goodput(tmp_path, mtbf_hours=0)
     assert split is not None
     assert split.seconds["hang"] > 2
 
@@ -215,7 +219,7 @@ def test_a_step_computed_twice_changes_nothing_and_finds_the_rank_that_computes_
     assert "a step computed twice gave two results: the output of rank" in capfd.readouterr().err
     (event,) = events(tmp_path / "spoilt", "corruption")
     assert event["rank"] == (0 if layout.tensor > 1 else 1)  # tensor ranks share every sum
-    word = outcome.read(outcome.attempt_folder(tmp_path / "spoilt") / f"rank-{event['rank']:05d}.json")
+    word = outcome.read(tmp_path / "spoilt" / "attempts" / "0001" / f"rank-{event['rank']:05d}.json")
     assert word is not None
     assert (word.cause, word.retry) == ("corruption", "exclude_node")
 
@@ -245,7 +249,7 @@ def test_the_wall_time_of_a_run_that_was_killed_is_split_without_a_remainder(cor
     assert fit(run, tmp_path, before=kill_at(14, rank=0)) == 128 + signal.SIGKILL
     time.sleep(0.5)
     assert fit(run, tmp_path) == 0
-    split = goodput(tmp_path)
+    split = goodput(tmp_path, mtbf_hours=0)
     assert split is not None
     assert split.attempts == 2
     assert sum(split.seconds.values()) == pytest.approx(split.wall, abs=1e-6)
