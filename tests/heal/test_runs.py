@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import itertools
 import os
 import signal
@@ -241,6 +242,36 @@ def wrong_once(*, rank: int, passes: int) -> Any:
         LayerNorm.forward = spoilt  # type: ignore[method-assign]
 
     return plant
+
+
+def full_at(step: int) -> Any:
+    """The file of records has no space left for `step`."""
+
+    def plant() -> None:
+        from megagpt.report.metrics import Records
+
+        append = Records.append
+
+        def full(self: Records, record: Any) -> None:
+            if getattr(record, "step", 0) == step:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            append(self, record)
+
+        Records.append = full  # type: ignore[method-assign]
+
+    return plant
+
+
+def test_a_disk_that_is_full_ends_the_run_with_that_cause_and_it_continues_bit_for_bit(corpora, tmp_path, capfd):
+    run = patient(corpora)
+    assert fit(run, tmp_path / "full", before=full_at(8)) == 1
+    assert "No space left on device" in capfd.readouterr().err.splitlines()[-1]
+    ended = outcome.read(tmp_path / "full" / "attempts" / "0001" / "outcome.json")
+    assert ended is not None
+    assert (ended.cause, ended.rank) == ("disk_full", 0)
+    assert fit(run, tmp_path / "full") == 0
+    assert fit(run, tmp_path / "straight") == 0
+    assert losses(tmp_path / "full") == losses(tmp_path / "straight")
 
 
 def test_the_wall_time_of_a_run_that_was_killed_is_split_without_a_remainder(corpora, tmp_path):
