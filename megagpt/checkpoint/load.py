@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -187,12 +187,21 @@ def weights(manifest: Manifest) -> Iterator[tuple[str, Tensor]]:
 
 def whole_tensors(manifest: Manifest, *, kinds: Sequence[str] = KINDS) -> Iterator[tuple[str, str, Tensor]]:
     """(kind, global name, fp32 value) of each whole tensor, one at a time, on the CPU."""
+    read = reader_of(manifest)
+    return ((kind, name, read(kind, name)) for name in manifest.shapes for kind in kinds)
+
+
+def reader_of(manifest: Manifest) -> Callable[[str, str], Tensor]:
+    """A function from (kind, global name) to the whole fp32 tensor."""
     readers = _Readers(manifest.commit.folder)
-    for name, shape in manifest.shapes.items():
-        for kind in kinds:
-            whole = torch.empty(shape, dtype=torch.float32)
-            _fill(whole, Box((0,) * len(shape), shape), kind, manifest.stored[name], readers)
-            yield kind, name, whole
+
+    def read(kind: str, name: str) -> Tensor:
+        shape = manifest.shapes[name]
+        whole = torch.empty(shape, dtype=torch.float32)
+        _fill(whole, Box((0,) * len(shape), shape), kind, manifest.stored[name], readers)
+        return whole
+
+    return read
 
 
 class _Readers:
