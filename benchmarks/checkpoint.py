@@ -65,7 +65,8 @@ def bare_read(folder: Path) -> None:
 def contestants(engine: Any, size: int) -> dict[str, tuple[Callable[[Path], None], Callable[[Path], None]]]:
     """How each writes into a folder, and reads it back."""
     import torch
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+    from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
     from megagpt.checkpoint.folders import folder_at
     from megagpt.checkpoint.lineage import Commit
@@ -97,8 +98,8 @@ def contestants(engine: Any, size: int) -> dict[str, tuple[Callable[[Path], None
         ),
         "torch.save": (torch_write, torch_read),
         "torch.distributed.checkpoint": (
-            lambda folder: dcp.save(tensors, checkpoint_id=folder) and None,
-            lambda folder: dcp.load(tensors, checkpoint_id=folder),
+            lambda folder: dcp_save(tensors, checkpoint_id=folder) and None,
+            lambda folder: dcp_load(tensors, checkpoint_id=folder),
         ),
         "DeepSpeed save_checkpoint": (
             lambda folder: deepspeed.save_checkpoint(str(folder), tag="step") and None,

@@ -43,7 +43,7 @@ class Show:
 
 @dataclass(frozen=True, kw_only=True)
 class Verify:
-    """Read every byte of every checkpoint and check it against both hashes; exit status 1 if one is damaged."""
+    """Read every byte of every checkpoint and check it against its hash; exit status 1 if one is damaged."""
 
     place: tyro.conf.Positional[str]
     """A checkpoint's folder, or a run's: all of its checkpoints."""
@@ -130,7 +130,7 @@ def run_verify(options: Verify) -> int:
     for commit in _commits(options.place):
         try:
             manifest = read_manifest(commit)
-            fault = fault_in_files(manifest, strong=True)
+            fault = fault_in_files(manifest)
         except UserError as error:
             manifest, fault = None, str(error)
         damaged += fault is not None

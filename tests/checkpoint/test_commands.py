@@ -18,7 +18,7 @@ from tests.checkpoint.test_faults import damage, holds
 from tests.checkpoint.tiny import header, run_with_commits, state
 
 
-def run(*words: str) -> int:
+def run(*words: object) -> int:
     return cli.main(["checkpoint", *map(str, words)])
 
 
