@@ -35,7 +35,9 @@ setup(
         "tensorboard": ["tensorboard>=2.17"],
         "wandb": ["wandb>=0.17"],
         "s3": ["s3fs>=2024.6"],
+        "fast": ["gigatoken>=0.10"],
         "dev": [
+            "gigatoken>=0.10",
             "hypothesis>=6.100",
             "pre-commit>=3.7",
             "pyright[nodejs]==1.1.414",

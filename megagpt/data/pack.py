@@ -47,6 +47,10 @@ class Sequences(Protocol):
         """Indices into the row, above 0, at which another document begins, ascending."""
         ...
 
+    def pieces(self, sequence: int) -> list[tuple[int, int]]:
+        """(position in the split, length) of the runs of tokens that the row holds."""
+        ...
+
 
 class Chunks:
     """Packing `chunk`: documents end to end, cut at every multiple of T."""
@@ -64,6 +68,10 @@ class Chunks:
     def seams(self, sequence: int) -> list[int]:
         start = sequence * self.context
         return self.split.seams(start, min(start + self.context + 1, self.split.tokens))
+
+    def pieces(self, sequence: int) -> list[tuple[int, int]]:
+        start = sequence * self.context
+        return [(start, min(self.context + 1, self.split.tokens - start))]
 
 
 class BestFit:
@@ -86,6 +94,10 @@ class BestFit:
 
     def seams(self, sequence: int) -> list[int]:
         return list(accumulate(self._piece_length[self._row_first[sequence] : self._row_first[sequence + 1] - 1]))
+
+    def pieces(self, sequence: int) -> list[tuple[int, int]]:
+        pieces = slice(self._row_first[sequence], self._row_first[sequence + 1])
+        return list(zip(self._piece_start[pieces], self._piece_length[pieces], strict=True))
 
 
 def open_sequences(corpus: Corpus, split: str, *, context: int, packing: Packing) -> Sequences:
