@@ -12,6 +12,7 @@ import tarfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
@@ -92,7 +93,7 @@ def webdataset_documents(folder: Path) -> Iterator[int]:
                 archive.addfile(member, io.BytesIO(content))
     while True:
         dataset = WebDataset(str(path), shardshuffle=False).shuffle(2000)
-        yield from packed(np.frombuffer(sample["bin"], dtype=np.uint16) for sample in dataset)
+        yield from packed(np.frombuffer(sample["bin"], dtype=np.uint16) for sample in cast("Iterator[dict]", dataset))
 
 
 def webdataset_blocks(folder: Path) -> Iterator[int]:
@@ -101,7 +102,7 @@ def webdataset_blocks(folder: Path) -> Iterator[int]:
     tars = sorted(str(path) for path in (folder / "blocks").glob("train-*.tar"))
     while True:
         dataset = WebDataset(tars, shardshuffle=len(tars)).shuffle(100).decode()
-        yield from packed(sample["tokens.npy"] for sample in dataset)
+        yield from packed(sample["tokens.npy"] for sample in cast("Iterator[dict]", dataset))
 
 
 READERS: dict[str, Callable[[Path], Iterator[int]]] = {
