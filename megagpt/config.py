@@ -114,6 +114,10 @@ class Data:
     """Keep attention and positions inside each document of a sequence."""
     prefetch: int = 4
     """Batches read ahead by the loader's thread."""
+    max_epochs: int | None = None
+    """Times that the run may read a corpus: one that would read it more often is refused. None: no limit."""
+    window: int | None = None
+    """Shards whose sequences are shuffled together, for corpora that are fetched. None: all of a corpus."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -379,3 +383,11 @@ def steps_of(run: Run) -> int:
     batch_tokens = run.train.global_batch * run.model.context
     steps += max(0, -(-(run.train.tokens - tokens) // batch_tokens))
     return steps if run.train.steps is None else min(steps, run.train.steps)
+
+
+def sequences_of(run: Run) -> int:
+    """Sequences that the whole run reads."""
+    sequences = 0
+    for _ in range(steps_of(run)):
+        sequences += run.train.batch_at(sequences * run.model.context)
+    return sequences
