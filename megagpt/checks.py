@@ -24,6 +24,9 @@ def checked(run: Run) -> Run:
     _at_least("checkpoint.every", run.checkpoint.every, 0)
     _at_least("checkpoint.keep", run.checkpoint.keep, 1)
     _check_heal(run.heal)
+    _at_least("checkpoint.keep_every", run.checkpoint.keep_every, 0)
+    _at_least("checkpoint.keep_best", run.checkpoint.keep_best, 0)
+    _at_least("checkpoint.mtbf_hours", run.checkpoint.mtbf_hours, 0)
     _at_least("report.every", run.report.every, 1)
     _at_least("report.samples", run.report.samples, 0)
     return run
@@ -237,6 +240,14 @@ def _check_data(data: Data) -> None:
                 "Leave out a corpus that is not to be read.",
             )
     _at_least("data.prefetch", data.prefetch, 1)
+    for name, value in (("data.max_epochs", data.max_epochs), ("data.window", data.window)):
+        if value is not None:
+            _at_least(name, value, 1)
+    if data.window is not None and data.packing == "best_fit":
+        raise UserError(
+            'data.window needs data.packing = "chunk": best_fit puts documents of many shards into one sequence.',
+            "Leave out data.window, or read chunks.",
+        )
 
 
 def _at_least(name: str, value: float, least: int) -> None:

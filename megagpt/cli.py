@@ -116,6 +116,42 @@ def import_(words: list[str]) -> int:
     return run_import(_parse(Import, "import", words))
 
 
+def checkpoint_ls(words: list[str]) -> int:
+    from megagpt.commands.checkpoint import List, run_list
+
+    return run_list(_parse(List, "checkpoint ls", words))
+
+
+def checkpoint_show(words: list[str]) -> int:
+    from megagpt.commands.checkpoint import Show, run_show
+
+    return run_show(_parse(Show, "checkpoint show", words))
+
+
+def checkpoint_verify(words: list[str]) -> int:
+    from megagpt.commands.checkpoint import Verify, run_verify
+
+    return run_verify(_parse(Verify, "checkpoint verify", words))
+
+
+def checkpoint_diff(words: list[str]) -> int:
+    from megagpt.commands.checkpoint import Diff, run_diff
+
+    return run_diff(_parse(Diff, "checkpoint diff", words))
+
+
+def checkpoint_reshard(words: list[str]) -> int:
+    from megagpt.commands.checkpoint import Reshard, run_reshard
+
+    return run_reshard(_parse(Reshard, "checkpoint reshard", words))
+
+
+def checkpoint_average(words: list[str]) -> int:
+    from megagpt.commands.checkpoint import Average, run_average
+
+    return run_average(_parse(Average, "checkpoint average", words))
+
+
 def verify(words: list[str]) -> int:
     from megagpt.verify.commands import Verify, run_verify
 
@@ -129,10 +165,45 @@ def data_build(words: list[str]) -> int:
     return 0
 
 
+def data_convert(words: list[str]) -> int:
+    from megagpt.data.commands import Convert, run_convert
+
+    run_convert(_parse(Convert, "data convert", words))
+    return 0
+
+
 def data_inspect(words: list[str]) -> int:
     from megagpt.data.commands import Inspect, run_inspect
 
     run_inspect(_parse(Inspect, "data inspect", words))
+    return 0
+
+
+def data_which(words: list[str]) -> int:
+    from megagpt.commands.data import Which, run_which
+
+    run_which(_parse(Which, "data which", words))
+    return 0
+
+
+def data_replay(words: list[str]) -> int:
+    from megagpt.commands.data import Replay, run_replay
+
+    run_replay(_parse(Replay, "data replay", words))
+    return 0
+
+
+def data_mix(words: list[str]) -> int:
+    from megagpt.commands.data import Mix, run_mix
+
+    run_mix(_parse(Mix, "data mix", words))
+    return 0
+
+
+def data_stats(words: list[str]) -> int:
+    from megagpt.commands.data import Stats, run_stats
+
+    run_stats(_parse(Stats, "data stats", words))
     return 0
 
 
@@ -237,10 +308,41 @@ COMMANDS = {
         "tokenise Parquet, JSONL or text into a corpus of shards",
         "megagpt data build web/*.parquet --out corpora/web --tokenizer tokenizer.json",
     ),
+    "data convert": Command(
+        data_convert,
+        "take over a corpus of one document a tar member",
+        "megagpt data convert 'old/*.tar' --out corpora/old --tokenizer tokenizer.json",
+    ),
     "data inspect": Command(data_inspect, "what a corpus holds", "megagpt data inspect corpora/web"),
     "data verify": Command(data_verify, "check every hash of a corpus", "megagpt data verify corpora/web"),
+    "data stats": Command(data_stats, "what each raw file gave to a corpus", "megagpt data stats corpora/web"),
+    "data mix": Command(
+        data_mix, "what a run would read of each corpus", "megagpt data mix gpt3-125m --mixture corpora/web 3"
+    ),
+    "data which": Command(data_which, "documents that a step reads", "megagpt data which runs/first --step 1200"),
+    "data replay": Command(data_replay, "a step's exact batch", "megagpt data replay runs/first --step 1200"),
     "export": Command(export, "write a Hugging Face folder", "megagpt export runs/first --to hf/first"),
     "import": Command(import_, "start a run from a Hugging Face folder", "megagpt import hf/gpt2 --out runs/gpt2"),
+    "checkpoint ls": Command(checkpoint_ls, "a run's checkpoints", "megagpt checkpoint ls runs/first"),
+    "checkpoint show": Command(checkpoint_show, "what one holds", "megagpt checkpoint show runs/first"),
+    "checkpoint verify": Command(
+        checkpoint_verify, "check every byte of them", "megagpt checkpoint verify runs/first"
+    ),
+    "checkpoint diff": Command(
+        checkpoint_diff,
+        "compare two, tensor by tensor, whatever their layouts",
+        "megagpt checkpoint diff runs/a runs/b",
+    ),
+    "checkpoint reshard": Command(
+        checkpoint_reshard,
+        "write one in another number of files",
+        "megagpt checkpoint reshard runs/first --to copies/first --files 64",
+    ),
+    "checkpoint average": Command(
+        checkpoint_average,
+        "a new run whose weights are the mean of several",
+        "megagpt checkpoint average runs/a runs/b --out runs/mean",
+    ),
     "verify": Command(verify, "prove that every layout computes the same", "megagpt verify gpt3-125m --world 8"),
     "launch slurm": Command(
         launch_as("slurm"),

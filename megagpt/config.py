@@ -114,6 +114,10 @@ class Data:
     """Keep attention and positions inside each document of a sequence."""
     prefetch: int = 4
     """Batches read ahead by the loader's thread."""
+    max_epochs: int | None = None
+    """Times that the run may read a corpus: one that would read it more often is refused. None: no limit."""
+    window: int | None = None
+    """Shards whose sequences are shuffled together, for corpora that are fetched. None: all of a corpus."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,6 +216,17 @@ class Checkpoint:
     """Steps between two checkpoints; 0: only at the end."""
     keep: int = 2
     """Newest checkpoints that stay; older ones are deleted after a newer one is complete."""
+    keep_every: int = 0
+    """Checkpoints at multiples of this many steps stay for ever; 0: none."""
+    keep_best: int = 0
+    """Checkpoints with the lowest loss on held-out text that stay as well; only steps with an evaluation count."""
+    asynchronous: bool = False
+    """Copy the state to host memory and write it while training goes on."""
+    mtbf_hours: float = 0.0
+    """Mean hours between failures of the job. Above 0, the first save is after `every` steps, and from then on the
+    interval is Young and Daly's for the save's measured cost."""
+    folder: str = ""
+    """Where checkpoints are kept, a path or s3://bucket/folder; empty: OUT/checkpoints."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -368,3 +383,11 @@ def steps_of(run: Run) -> int:
     batch_tokens = run.train.global_batch * run.model.context
     steps += max(0, -(-(run.train.tokens - tokens) // batch_tokens))
     return steps if run.train.steps is None else min(steps, run.train.steps)
+
+
+def sequences_of(run: Run) -> int:
+    """Sequences that the whole run reads."""
+    sequences = 0
+    for _ in range(steps_of(run)):
+        sequences += run.train.batch_at(sequences * run.model.context)
+    return sequences

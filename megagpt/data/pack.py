@@ -47,6 +47,10 @@ class Sequences(Protocol):
         """Indices into the row, above 0, at which another document begins, ascending."""
         ...
 
+    def pieces(self, sequence: int) -> list[tuple[int, int]]:
+        """(position in the split, length) of the runs of tokens that the row holds."""
+        ...
+
 
 class Chunks:
     """Packing `chunk`: documents end to end, cut at every multiple of T."""
@@ -64,6 +68,10 @@ class Chunks:
     def seams(self, sequence: int) -> list[int]:
         start = sequence * self.context
         return self.split.seams(start, min(start + self.context + 1, self.split.tokens))
+
+    def pieces(self, sequence: int) -> list[tuple[int, int]]:
+        start = sequence * self.context
+        return [(start, min(self.context + 1, self.split.tokens - start))]
 
 
 class BestFit:
@@ -87,6 +95,10 @@ class BestFit:
     def seams(self, sequence: int) -> list[int]:
         return list(accumulate(self._piece_length[self._row_first[sequence] : self._row_first[sequence + 1] - 1]))
 
+    def pieces(self, sequence: int) -> list[tuple[int, int]]:
+        pieces = slice(self._row_first[sequence], self._row_first[sequence + 1])
+        return list(zip(self._piece_start[pieces], self._piece_length[pieces], strict=True))
+
 
 def open_sequences(corpus: Corpus, split: str, *, context: int, packing: Packing) -> Sequences:
     """A split's sequences; best_fit reads its plan, or makes it. Raises UserError if the split is empty."""
@@ -96,10 +108,11 @@ def open_sequences(corpus: Corpus, split: str, *, context: int, packing: Packing
     return BestFit(tokens, _stored_plan(corpus, split, tokens, context))
 
 
-def source(corpus: Corpus, *, context: int, packing: Packing) -> Source:
-    """The corpus's training split as the data order knows it."""
+def source(corpus: Corpus, *, context: int, packing: Packing, windowed: bool = False) -> Source:
+    """The corpus's training split as the data order knows it; in a windowed one its shards count."""
     sequences = open_sequences(corpus, "train", context=context, packing=packing)
-    return Source(fingerprint=corpus.fingerprint, sequences=sequences.count)
+    runs = len(corpus.manifest.shards_of("train")) if windowed else 1
+    return Source(fingerprint=corpus.fingerprint, sequences=sequences.count, runs=runs)
 
 
 def _plan_path(corpus: Corpus, split: str, context: int) -> Path:
