@@ -137,7 +137,7 @@ Losses = list[tuple[int, float, float]]
 def _undisturbed(slurm: local_slurm.Cluster, run: config.Run, base: Launch) -> tuple[Losses, Verdict]:
     began = time.time()
     rehearsal = submit(slurm, launch_of(run, Path(base.out) / "submit", base=base), run)
-    rehearsal.wait(lambda: rehearsal.attempts() or rehearsal.state() == "FAILED", "the first attempt")
+    rehearsal.wait(rehearsal.attempts, "the first attempt")
     started = time.time()
     stepped = rehearsal.wait_for_step(1)
     state = rehearsal.finish()
@@ -155,6 +155,8 @@ def _guarded(slurm: local_slurm.Cluster, name: str, scene: Any) -> Verdict:
         return scene()
     except (TimeoutError, RuntimeError, OSError) as error:
         slurm.run("scancel", "--user=root", check=False)
+        for number in range(1, slurm.shape.nodes + 1):
+            slurm.repair(f"n{number}")
         return Verdict(scene=name, passed=False, finding=str(error), seconds={"scene": round(time.time() - began, 1)})
 
 

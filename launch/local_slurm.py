@@ -89,8 +89,12 @@ class Cluster:
     def plug_in(self, node: str) -> None:
         self._tell("cable", node, "up")
 
+    def repair(self, node: str) -> None:
+        """Undo whatever was done to the node."""
+        self._tell("repair", node)
+
     def slow_wire(self, node: str, rate: str) -> None:
-        """What comes to the node comes at no more than `rate`, as tc writes it: 50mbit."""
+        """What comes to the node comes at no more than `rate`, as tc writes it: 50mbit; empty: as fast as can be."""
         self._tell("slow", node, rate)
 
     def kill(self, node: str, pattern: str, number: int = signal.SIGKILL) -> int:

@@ -98,6 +98,13 @@ class Lab:
                 self.boot(node)
             case ["cable", node, state]:
                 self.call("ip", "link", "set", f"to-{node}", state)
+            case ["repair", node] if node not in self.nodes:
+                self.boot(node)
+            case ["repair", node]:
+                self.call("ip", "link", "set", f"to-{node}", "up")
+                self.call("tc", "qdisc", "replace", "dev", f"to-{node}", "root", "pfifo")
+            case ["slow", node, ""]:
+                self.call("tc", "qdisc", "del", "dev", f"to-{node}", "root")
             case ["slow", node, rate]:
                 shaped = ["root", "tbf", "rate", rate, "burst", "64kb", "latency", "200ms"]
                 self.call("tc", "qdisc", "replace", "dev", f"to-{node}", *shaped)

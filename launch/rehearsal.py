@@ -18,7 +18,7 @@ from megagpt.launch.spec import Launch, to_json
 from megagpt.outcome import Outcome
 
 LOOK_SECONDS = 0.05
-PATIENCE_SECONDS = 300.0
+STATE_SECONDS, PATIENCE_SECONDS = 2.0, 300.0
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL", "TIMEOUT", "OUT_OF_MEMORY")
 
 
@@ -82,26 +82,30 @@ class Rehearsal:
 
     def wait(self, until: Callable[[], Any], what: str) -> float:
         """Wait until something is so; the moment it was. Raises TimeoutError if it never is."""
-        deadline = time.monotonic() + PATIENCE_SECONDS
+        began = asked = time.monotonic()
         while not until():
-            if time.monotonic() > deadline:
+            if time.monotonic() - asked > STATE_SECONDS:
+                asked = time.monotonic()
+                if self.state() in ENDED and not until():
+                    raise TimeoutError(f"the job has ended, and {what} did not come")
+            if asked - began > PATIENCE_SECONDS:
                 raise TimeoutError(f"{what} did not come in {PATIENCE_SECONDS:.0f} s")
             time.sleep(LOOK_SECONDS)
         return time.time()
 
     def wait_for_step(self, step: int) -> float:
-        return self.wait(lambda: len(self.steps()) >= step or self.state() in ENDED, f"step {step}")
+        return self.wait(lambda: len(self.steps()) >= step, f"step {step}")
 
     def finish(self) -> str:
         """Wait for the end of the run, in whichever job it ends; the last job's state."""
-
-        def over() -> bool:
-            newest = self.slurm.run("squeue", "--noheader", "--format=%i", f"--name={self.launch.name}", check=False)
+        until = time.monotonic() + PATIENCE_SECONDS
+        while time.monotonic() < until:
+            newest = self.slurm.run("squeue", "--noheader", "--format=%i", f"--name={self.launch.name}")
             self.jobs += [job for job in newest.split() if job not in self.jobs]
-            return self.state() in ENDED
-
-        self.wait(over, "the job's end")
-        return self.state()
+            if not newest and self.state() in ENDED:
+                return self.state()
+            time.sleep(STATE_SECONDS / 4)
+        raise TimeoutError(f"the run did not end in {PATIENCE_SECONDS:.0f} s")
 
 
 def submit(slurm: Slurm, launch: Launch, run: Run) -> Rehearsal:

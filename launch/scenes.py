@@ -12,7 +12,7 @@ from megagpt.launch.local_slurm import Cluster
 from megagpt.launch.rehearsal import Rehearsal
 from megagpt.outcome import Cause
 
-SLOW_WIRE = "40mbit"
+SLOW_WIRE, CRAWL = "40mbit", "4mbit"
 RANK = "megagpt.cli"
 
 
@@ -66,10 +66,15 @@ def _preempt(cluster: Cluster, _: Rehearsal, __: str) -> None:
 
 
 def _shorten(cluster: Cluster, rehearsal: Rehearsal, _: str) -> None:
+    """SLURM's shortest limit is a minute, and so small a run would be done before: its wires become slow."""
+    for number in range(1, cluster.shape.nodes + 1):
+        cluster.slow_wire(f"n{number}", CRAWL)
     cluster.run("scontrol", "update", f"JobId={rehearsal.jobs[-1]}", "TimeLimit=1")
 
 
 def _lengthen(cluster: Cluster, rehearsal: Rehearsal, _: str) -> None:
+    for number in range(1, cluster.shape.nodes + 1):
+        cluster.slow_wire(f"n{number}", "")
     rehearsal.wait(lambda: rehearsal.state() == "PENDING", "the requeue")
     cluster.run("scontrol", "update", f"JobId={rehearsal.jobs[-1]}", "TimeLimit=10")
 

@@ -12,6 +12,7 @@ Standard library alone. What it did is in <out>/attempts/NNNN: start.json, outco
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import json
@@ -27,7 +28,6 @@ from types import FrameType
 from typing import TypeVar
 
 from megagpt import outcome, stop
-from megagpt.checkpoint import lineage
 from megagpt.files import write_whole
 from megagpt.launch import faults, preflight_step, scheduler
 from megagpt.launch.decide import Attempt, decide
@@ -299,9 +299,14 @@ def history(out: Path) -> list[Attempt]:
 
 
 def _commit(out: Path) -> int:
-    """The newest checkpoint's step; -1 without one."""
-    newest = next(lineage.commits(out / "checkpoints"), None)
-    return newest.step if newest else -1
+    """The newest checkpoint's step, as the run's events tell, wherever checkpoints are kept; -1 without one."""
+    newest = -1
+    with contextlib.suppress(OSError), (out / "events.jsonl").open(encoding="utf-8") as events:
+        for line in events:
+            with contextlib.suppress(ValueError):  # torn by a crash
+                event = json.loads(line)
+                newest = max(newest, event["step"]) if event["event"] == "checkpoint" else newest
+    return newest
 
 
 def _of_node(node: str, why: str) -> Outcome:
