@@ -75,7 +75,7 @@ def run_drill(options: Drill, *, preset: str = "quickstart") -> int:
     with tempfile.TemporaryDirectory(prefix="megagpt-drill-") as name:
         folder = options.out.absolute() if options.out else Path(name)
         folder.mkdir(parents=True, exist_ok=True)
-        run = dataclasses.replace(run, data=dataclasses.replace(run.data, mixture=_corpora(folder)))
+        run = with_corpora(run, folder)
         verdicts = play(run, folder, options.scenes, quiet=options.json)
     if options.json:
         print(json.dumps([dataclasses.asdict(verdict) for verdict in verdicts], indent=2))
@@ -85,20 +85,7 @@ def run_drill(options: Drill, *, preset: str = "quickstart") -> int:
 def play(run: config.Run, folder: Path, names: Sequence[str], *, quiet: bool = False) -> list[Verdict]:
     """The verdicts on the scenes named, and on the undisturbed run before them."""
     folder.mkdir(parents=True, exist_ok=True)
-    base = Launch(
-        kind="slurm",
-        name="drill",
-        out=str(folder),
-        folder=str(folder),
-        command=(sys.executable,),
-        nodes=1,
-        gpus_per_node=1,
-        devices=False,
-        cluster=Cluster(time="10", spares=1, signal_seconds=SIGNAL_SECONDS),
-        cluster_name=f"drill-{os.getpid()}",
-        retries=Retries(back_off_seconds=1.0),
-        source=str(Path(megagpt.__file__).absolute().parents[1]),
-    )
+    base = base_launch(folder)
     found: list[Verdict] = []
 
     def add(verdict: Verdict) -> None:
@@ -124,11 +111,31 @@ def play(run: config.Run, folder: Path, names: Sequence[str], *, quiet: bool = F
     return found
 
 
-def _corpora(folder: Path) -> dict[str, int]:
+def base_launch(folder: Path) -> Launch:
+    """What the launches of all scenes have in common."""
+    return Launch(
+        kind="slurm",
+        name="drill",
+        out=str(folder),
+        folder=str(folder),
+        command=(sys.executable,),
+        nodes=1,
+        gpus_per_node=1,
+        devices=False,
+        cluster=Cluster(time="10", spares=1, signal_seconds=SIGNAL_SECONDS),
+        cluster_name=f"drill-{os.getpid()}",
+        retries=Retries(back_off_seconds=1.0),
+        source=str(Path(megagpt.__file__).absolute().parents[1]),
+    )
+
+
+def with_corpora(run: config.Run, folder: Path) -> config.Run:
+    """The run on the demo's corpora, which are built in `folder` if they are not there yet."""
     from megagpt.commands.demo import build_corpora
 
     build_corpora(folder / "corpora", vocabulary=VOCABULARY)
-    return {str(folder / "corpora" / "prose"): 1, str(folder / "corpora" / "code"): 2}
+    mixture = {str(folder / "corpora" / "prose"): 1, str(folder / "corpora" / "code"): 2}
+    return dataclasses.replace(run, data=dataclasses.replace(run.data, mixture=mixture))
 
 
 Losses = list[tuple[int, float, float]]

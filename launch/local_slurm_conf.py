@@ -44,7 +44,7 @@ def configuration(folder: Path, shape: Shape) -> dict[str, str]:
         "resolv.conf": "",
         "slurm.conf": _slurm_conf(folder, shape, names),
         "gres.conf": f"NodeName={','.join(names)} Name=gpu File={folder}/dev/gpu[0-{shape.gpus - 1}]\n",
-        "cgroup.conf": f"CgroupPlugin={'cgroup/v1' if _slurm_version() < (23, 2) else 'disabled'}\n",
+        "cgroup.conf": f"CgroupPlugin={'cgroup/v1' if version() < (23, 2) else 'disabled'}\n",
         "topology.conf": "\n".join([*switches, spine]) + "\n",
     }
 
@@ -97,7 +97,8 @@ def _slurm_conf(folder: Path, shape: Shape, names: list[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _slurm_version() -> tuple[int, ...]:
+def version() -> tuple[int, ...]:
+    """Of the SLURM that is installed: (22, 5)."""
     program = shutil.which("slurmd") or "/usr/sbin/slurmd"
     said = subprocess.run([program, "-V"], capture_output=True, text=True, check=True).stdout  # noqa: S603
     return tuple(int(part) for part in said.split()[-1].split(".")[:2])
