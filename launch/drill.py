@@ -164,19 +164,20 @@ def _guarded(slurm: local_slurm.Cluster, name: str, scene: Any) -> Verdict:
         slurm.run("scancel", "--user=root", check=False)
         for number in range(1, slurm.shape.nodes + 1):
             slurm.repair(f"n{number}")
+        slurm.resize_disk(full=False)
         return Verdict(scene=name, passed=False, finding=str(error), seconds={"scene": round(time.time() - began, 1)})
 
 
 def _play(slurm: local_slurm.Cluster, run: config.Run, base: Launch, scene: Scene, reference: Losses) -> Verdict:
     began = time.time()
     scenes.readmit(slurm, base.cluster_name)
-    out = slurm.small_disk / scene.name if scene.small_disk else Path(base.out) / scene.name
+    out = slurm.disk / scene.name if scene.own_disk else Path(base.out) / scene.name
     rehearsal = submit(slurm, launch_of(run, out, base=base), run)
     rehearsal.wait_for_step(STRIKE_AFTER)
     node = rehearsal.nodes()[0 if scene.batch_node else -1]
     struck = time.time()
     scene.strike(slurm, rehearsal, node)
-    if scene.small_disk:
+    if scene.own_disk:
         rehearsal.wait(
             lambda: list(rehearsal.out.glob("attempts/0001/logs/*")) and _ended_ranks(rehearsal), "the full disk"
         )

@@ -102,9 +102,13 @@ class Cluster:
         return int(self._tell("kill", node, pattern, str(int(number))))
 
     @property
-    def small_disk(self) -> Path:
-        """A folder that all nodes share, of `shape.disk_mib`, as it is called inside."""
-        return self.folder / "small"
+    def disk(self) -> Path:
+        """A folder that all nodes share, on a file system of its own, as it is called inside."""
+        return self.folder / "disk"
+
+    def resize_disk(self, *, full: bool) -> None:
+        """Make the disk as small as what is on it, or large again."""
+        self._tell("disk", "full" if full else "large")
 
     def outside(self, path: Path) -> Path:
         """What a path inside is called for this process."""

@@ -23,8 +23,6 @@ class Shape:
     """After which a silent node counts as down; SLURM's default is 300."""
     requeue_seconds: int = 6
     """Before which a requeued job does not start again; SLURM's default is 120."""
-    disk_mib: int = 24
-    """Of the small disk."""
     grace_seconds: int = 30
     """Between the word to a preempted job and its end."""
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from megagpt.launch.local_slurm_conf import NETWORK, Shape, configuration
 
 START_SECONDS = 60.0
+DISK_BYTES = 4 << 30  # of memory, as far as they are used
 
 
 class Lab:
@@ -44,8 +45,8 @@ class Lab:
         socket.sethostname("control")
         for name in ("hosts", "nsswitch.conf", "resolv.conf"):
             self.call("mount", "--bind", str(self.folder / name), str(Path("/etc", name).resolve()))
-        (self.folder / "small").mkdir()
-        self.call("mount", "-t", "tmpfs", "-o", f"size={self.shape.disk_mib}m", "small", str(self.folder / "small"))
+        (self.folder / "disk").mkdir()
+        self.call("mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "disk", str(self.folder / "disk"))
         self.call("ip", "link", "set", "lo", "up")
         self.call("ip", "link", "add", "bridge", "type", "bridge")
         self.call("ip", "addr", "add", f"{NETWORK}.1/24", "dev", "bridge")
@@ -98,6 +99,10 @@ class Lab:
                 self.boot(node)
             case ["cable", node, state]:
                 self.call("ip", "link", "set", f"to-{node}", state)
+            case ["disk", state]:
+                found = os.statvfs(self.folder / "disk")
+                size = (found.f_blocks - found.f_bfree) * found.f_frsize if state == "full" else DISK_BYTES
+                self.call("mount", "-o", f"remount,size={size}", str(self.folder / "disk"))
             case ["repair", node] if node not in self.nodes:
                 self.boot(node)
             case ["repair", node]:
@@ -160,4 +165,5 @@ def _serve(folder: Path, shape: Shape) -> None:
 
 if __name__ == "__main__":
     _serve(Path(sys.argv[1]), Shape(**json.loads(sys.argv[2])))
+    subprocess.run(["umount", "--lazy", f"{sys.argv[1]}/disk"])  # noqa: S603, S607
     shutil.rmtree(sys.argv[1], ignore_errors=True)  # whoever made the cluster may not be there to do it

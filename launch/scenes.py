@@ -31,7 +31,8 @@ class Scene:
     """The run must go on without that node."""
     same_job: bool = True
     """It goes on inside its allocation; else it comes back through the queue."""
-    small_disk: bool = False
+    own_disk: bool = False
+    """Run on the disk of the cluster, which can be made full."""
     batch_node: bool = False
     """Strike the node of the batch script, the first, instead of the last rank's."""
 
@@ -83,20 +84,6 @@ def _requeue(cluster: Cluster, rehearsal: Rehearsal, _: str) -> None:
     cluster.run("scontrol", "requeue", rehearsal.jobs[-1])
 
 
-def _fill(_: Cluster, rehearsal: Rehearsal, __: str) -> None:
-    block = b"\0" * (1 << 16)
-    try:
-        with (rehearsal.out / "filler").open("wb", buffering=0) as file:
-            while True:
-                file.write(block)
-    except OSError:  # full, as it should be
-        pass
-
-
-def _make_room(_: Cluster, rehearsal: Rehearsal, __: str) -> None:
-    (rehearsal.out / "filler").unlink()
-
-
 SCENES = (
     Scene(name="rank_kill", cause="rank_lost", strike=_kill),
     Scene(name="hang", cause="hang", strike=_stop_process),
@@ -126,7 +113,13 @@ SCENES = (
     Scene(name="preemption", cause="preempted", strike=_preempt, same_job=False),
     Scene(name="time_limit", cause="time_limit", strike=_shorten, mend=_lengthen, same_job=False),
     Scene(name="requeue", cause="preempted", strike=_requeue, same_job=False),
-    Scene(name="full_disk", cause="disk_full", strike=_fill, mend=_make_room, small_disk=True),
+    Scene(
+        name="full_disk",
+        cause="disk_full",
+        strike=lambda cluster, *_: cluster.resize_disk(full=True),
+        mend=lambda cluster, *_: cluster.resize_disk(full=False),
+        own_disk=True,
+    ),
 )
 
 
@@ -135,6 +128,7 @@ def readmit(cluster: Cluster, name: str) -> None:
     root = faults.ledger(name)
     for path in root.glob("*/*.json"):
         path.unlink()
+    cluster.run("scontrol", "reconfigure")  # 22.05 miscounts GPUs after a job that lost a node was requeued
     deadline, states = time.monotonic() + 60.0, list[str]()
     while time.monotonic() < deadline:
         states = cluster.run("sinfo", "--noheader", "--Node", "--format=%t", "--partition=urgent").split()

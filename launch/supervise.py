@@ -18,6 +18,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -44,7 +45,7 @@ GRACE_SECONDS = 1.0
 """For the other ranks to say what they know, after the first has fallen."""
 LEAVE_SECONDS = 60.0
 """For ranks to end once the run is saved and its outcome written."""
-DISK_WAIT_SECONDS, DISK_SECONDS = 5.0, 600.0
+DISK_WAIT_SECONDS, DISK_SECONDS, FULL_BYTES = 5.0, 600.0, 1 << 20
 ORPHAN_SECONDS = 10.0
 """After which a rank that ended well while others run counts as lost."""
 
@@ -229,6 +230,8 @@ class Supervisor:
             return word
         if self.reason is not None:
             return outcome.ended("stopped", self.reason, "before it could save", rank=None)
+        if shutil.disk_usage(self.out).free < FULL_BYTES:  # then ranks cannot leave a word either
+            return outcome.ended("failed", "disk_full", f"no space is left in {self.out}", rank=None)
         task = scheduler.first_failed_task(log)
         if task is None and lines.lost():
             first = lines.lost()[0]
