@@ -12,7 +12,6 @@ Standard library alone. What it did is in <out>/attempts/NNNN: start.json, outco
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import errno
 import json
@@ -31,7 +30,8 @@ from typing import TypeVar
 from megagpt import outcome, stop
 from megagpt.files import write_whole
 from megagpt.launch import faults, preflight_step, scheduler
-from megagpt.launch.decide import Attempt, decide
+from megagpt.launch.decide import decide
+from megagpt.launch.history import history, newest_commit
 from megagpt.launch.lifelines import Lifelines, Line
 from megagpt.launch.spec import Launch, read_launch
 from megagpt.launch.srun import srun_command
@@ -130,7 +130,7 @@ class Supervisor:
     def _begin(self, nodes: list[str]) -> Path:
         folder = self._patiently(lambda: outcome.begin(self.out))
         (folder / "logs").mkdir()
-        start = {"job": self.restart, "nodes": nodes, "time": time.time(), "commits": _commit(self.out)}
+        start = {"job": self.restart, "nodes": nodes, "time": time.time(), "commits": newest_commit(self.out)}
         self._patiently(lambda: write_whole(folder / "start.json", json.dumps(start)))
         return folder
 
@@ -281,35 +281,6 @@ class Supervisor:
     def _say(self, text: str, status: int = 0) -> int:
         print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} megagpt: {text}", flush=True)
         return status
-
-
-def history(out: Path) -> list[Attempt]:
-    """The attempts of the run that have ended, of all its jobs."""
-    found = []
-    for folder in sorted(path for path in (out / "attempts").glob("[0-9]*") if path.name.isdecimal()):
-        ended = outcome.read(folder / "outcome.json")
-        try:
-            start = json.loads((folder / "start.json").read_text())
-        except (OSError, ValueError):
-            continue
-        if ended is not None:
-            found.append((start["job"], start["commits"], ended))
-    after = [commits for _, commits, _ in found[1:]] + [_commit(out)]
-    return [
-        Attempt(job=job, progress=then != before, outcome=ended)
-        for (job, before, ended), then in zip(found, after, strict=True)
-    ]
-
-
-def _commit(out: Path) -> int:
-    """The newest checkpoint's step, as the run's events tell, wherever checkpoints are kept; -1 without one."""
-    newest = -1
-    with contextlib.suppress(OSError), (out / "events.jsonl").open(encoding="utf-8") as events:
-        for line in events:
-            with contextlib.suppress(ValueError):  # torn by a crash
-                event = json.loads(line)
-                newest = max(newest, event["step"]) if event["event"] == "checkpoint" else newest
-    return newest
 
 
 def _of_node(node: str, why: str) -> Outcome:
