@@ -199,13 +199,17 @@ def _open_remote(url: str, settings: Data) -> Corpus:
 
 def _mode(manifest: Manifest, limit: int, settings: Data) -> Literal["shards", "blocks"]:
     """Whole shards or blocks. Raises UserError where the cache does not hold what one step needs."""
-    largest = max((entry.tar_bytes + entry.index_bytes for entry in manifest.shards), default=0)
-    every = sum(entry.tar_bytes for entry in manifest.shards)
-    mode = settings.remote if settings.remote != "auto" else "shards" if 2 * every <= limit else "blocks"
-    if mode == "shards" and 2 * largest > limit:
+    sizes = [entry.tar_bytes + entry.index_bytes for entry in manifest.shards]
+    live = 2 * (settings.window or 1)  # shards that are read at a time, and the next ones
+    needed = live * max(sizes, default=0)
+    mode = settings.remote
+    if mode == "auto":
+        held = 2 * sum(sizes) <= limit or (settings.window is not None and needed <= limit)
+        mode = "shards" if held else "blocks"
+    if mode == "shards" and needed > limit:
         raise UserError(
-            f"data.cache_gib = {settings.cache_gib:g} does not hold two shards of {largest / 2**30:.3g} GiB, as "
-            'data.remote = "shards" needs.',
+            f"data.cache_gib = {settings.cache_gib:g} does not hold {live} shards of {max(sizes) / 2**30:.3g} GiB, "
+            'as data.remote = "shards" needs.',
             "Raise it, or read single blocks with --data.remote blocks.",
         )
     return mode

@@ -128,17 +128,21 @@ def train_steps(
 
     `global_batch` maps consumed sequences to the sequences of the step that begins there. `corpora` are matched to the
     cursor's sources by fingerprint; context and packing are the cursor's. `pin` puts batches in page-locked memory.
-    Raises UserError if a corpus of the mixture is not among `corpora`; ValueError, from next(), if a step's sequences
-    are not a multiple of micro_batch * data_ranks.
+    Raises UserError if a corpus of the mixture is not among `corpora`, and, from next(), where one would be read more
+    than cursor.max_epochs times; ValueError, from next(), if a step's sequences are not a multiple of micro_batch *
+    data_ranks.
     """
     tables = _open_sources(corpora, cursor)
     layout = _layout(corpora[0], cursor.context, cursor.packing, document_mask=document_mask)
 
     def steps() -> Iterator[list[Batch]]:
-        shares = _ordered(cursor, _shares(cursor.consumed, global_batch, micro_batch, data_rank, data_ranks))
+        consumed = cursor.consumed
+        shares = _ordered(cursor, _shares(consumed, global_batch, micro_batch, data_rank, data_ranks))
         if any(corpus.remote is not None for corpus in corpora):
             shares = _asked_ahead(shares, tables)
         for share in shares:
+            consumed += global_batch(consumed)
+            cursor.check_repetition(consumed)
             batches = [
                 layout.batch(share.rows(tables, first, micro_batch), share.samples[first : first + micro_batch])
                 for first in range(0, len(share.samples), micro_batch)

@@ -109,10 +109,11 @@ def open_sequences(corpus: Corpus, split: str, *, context: int, packing: Packing
     return BestFit(tokens, _stored_plan(corpus, split, tokens, context))
 
 
-def source(corpus: Corpus, *, context: int, packing: Packing) -> Source:
-    """The corpus's training split as the data order knows it."""
+def source(corpus: Corpus, *, context: int, packing: Packing, windowed: bool = False) -> Source:
+    """The corpus's training split as the data order knows it; in a windowed one its shards count."""
     sequences = open_sequences(corpus, "train", context=context, packing=packing)
-    return Source(fingerprint=corpus.fingerprint, sequences=sequences.count)
+    runs = len(corpus.manifest.shards_of("train")) if windowed else 1
+    return Source(fingerprint=corpus.fingerprint, sequences=sequences.count, runs=runs)
 
 
 def _plan_path(corpus: Corpus, split: str, context: int) -> Path:

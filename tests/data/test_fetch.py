@@ -127,7 +127,7 @@ def test_a_corpus_that_is_not_whole_or_not_for_us_is_refused_before_anything_is_
     upload(port, local.folder, "bucket", "short")
     with pytest.raises(UserError, match=r"s3://bucket/short/train-00002-00\.tar has 5 bytes where the manifest says"):
         open_corpus("s3://bucket/short", settings(tmp_path))
-    with pytest.raises(UserError, match=r"data\.cache_gib = 1e-06 does not hold two shards"):
+    with pytest.raises(UserError, match=r"data\.cache_gib = 1e-06 does not hold 2 shards"):
         open_corpus("s3://bucket/corpus", settings(tmp_path, "shards", cache_gib=1e-6))
 
 
