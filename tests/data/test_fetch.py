@@ -134,6 +134,7 @@ def test_a_corpus_that_is_not_whole_or_not_for_us_is_refused_before_anything_is_
 def test_a_store_that_does_not_answer_ends_the_run_within_the_patience_and_without_a_secret(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
+    monkeypatch.setattr("megagpt.data.corpus.Patience", partial(Patience, first_pause=0.01, longest_pause=0.05))
     with proxy(1, Faults(share=1.0, most=10**6, everything=True, kinds=("error",))) as endpoint:
         use_server(monkeypatch, endpoint)
         with pytest.raises(
