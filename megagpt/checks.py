@@ -226,6 +226,16 @@ def _check_data(data: Data) -> None:
                 "Leave out a corpus that is not to be read.",
             )
     _at_least("data.prefetch", data.prefetch, 1)
+    _positive("data.cache_gib", data.cache_gib)
+    _at_least("data.patience", data.patience, 0)
+    for name, value in (("data.max_epochs", data.max_epochs), ("data.window", data.window)):
+        if value is not None:
+            _at_least(name, value, 1)
+    if data.window is not None and data.packing == "best_fit":
+        raise UserError(
+            'data.window needs data.packing = "chunk": best_fit puts documents of many shards into one sequence.',
+            "Leave out data.window, or read chunks.",
+        )
 
 
 def _at_least(name: str, value: float, least: int) -> None:

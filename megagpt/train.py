@@ -24,7 +24,7 @@ from megagpt import __version__
 from megagpt.checkpoint import lineage
 from megagpt.checkpoint.load import check_model, load, newest_valid
 from megagpt.checkpoint.save import save
-from megagpt.config import Run, steps_of, to_toml
+from megagpt.config import Run, sequences_of, steps_of, to_toml
 from megagpt.data import order
 from megagpt.data.batch import Batch, document_lengths
 from megagpt.data.corpus import Corpus, open_mixture
@@ -63,7 +63,7 @@ def fit(run: Run, out: Path) -> None:
     """
     ranks.join(world=run.parallel.world_size())
     mesh = mesh_of(run.parallel, ranks.rank())
-    corpora = open_mixture(run.data.mixture)
+    corpora = open_mixture(run.data.mixture, run.data)
     engine = Engine(run, mesh)
     if engine.device.type == "cuda":
         check_ranks_agree(engine.device)
@@ -136,6 +136,7 @@ def evaluate(run: Run, engine: Engine, progress: Progress, corpora: list[Corpus]
             data_rank=engine.mesh.data_rank,
             data_ranks=engine.mesh.data,
             counts=engine.mesh.reports,
+            reads=engine.mesh.reads_data,
         )
         journal.evaluation(result, step=progress.step, tokens=progress.tokens(run.model.context))
 
@@ -192,11 +193,16 @@ class Saver:
 def _cursor(run: Run, corpora: list[Corpus], saved: dict[str, Any] | None) -> Cursor:
     """Where the run stands in its data, with the mixture that it has now; without a saved cursor, at the beginning."""
     context, packing = run.model.context, run.data.packing
-    sources = [source(corpus, context=context, packing=packing) for corpus in corpora]
+    window = run.data.window
+    sources = [source(corpus, context=context, packing=packing, windowed=window is not None) for corpus in corpora]
     weights = dict(zip(sources, run.data.mixture.values(), strict=True))
     if saved is None:
-        return order.start(seed=run.seed, context=context, packing=packing, weights=weights)
-    return _same_stream(Cursor.from_dict(saved), run).with_mixture(weights)
+        cursor = order.start(seed=run.seed, context=context, packing=packing, weights=weights, window=window)
+    else:
+        cursor = _same_stream(Cursor.from_dict(saved), run).with_mixture(weights)
+    cursor = dataclasses.replace(cursor, max_epochs=run.data.max_epochs)
+    cursor.check_repetition(sequences_of(run))
+    return cursor
 
 
 def _same_stream(cursor: Cursor, run: Run) -> Cursor:
@@ -205,6 +211,7 @@ def _same_stream(cursor: Cursor, run: Run) -> Cursor:
         "seed": (cursor.seed, run.seed),
         "model.context": (cursor.context, run.model.context),
         "data.packing": (cursor.packing, run.data.packing),
+        "data.window": (cursor.window, run.data.window),
     }
     for name, (was, now) in settings.items():
         if was != now:

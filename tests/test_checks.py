@@ -54,6 +54,8 @@ def test_every_preset_passes_once_it_has_data(name):
         ("train", Train(guard_every=-1), "train.guard_every = -1 must be at least 0"),
         ("parallel", Parallel(data=0), "parallel.data = 0 must be at least 1"),
         ("data", Data(), "data.mixture names no corpus"),
+        ("data", Data(mixture={"a": 1}, max_epochs=0), "data.max_epochs = 0 must be at least 1"),
+        ("data", Data(mixture={"a": 1}, window=4, packing="best_fit"), 'data.window needs data.packing = "chunk"'),
         ("data", Data(mixture={"a": 1, "b": 0}), "gives b the weight 0"),
     ],
 )

@@ -8,17 +8,15 @@ Mixture.  Integer weights w_1 >= w_2 >= ... of sum W, divided by their greatest 
           such k. Every period holds exactly w_k of each; a prefix is off its share by less than 2 (measured 1.3).
 Epochs.   A corpus's j-th sequence in the run (its ordinal, over all segments) is sequence P(j mod n) of epoch j // n,
           n being its number of sequences.
-Shuffle.  P is a keyed permutation of [0, n): a 6-round Feistel network (Luby and Rackoff 1988, SIAM J. Comput. 17(2))
-          on b = max(2, bits of n - 1) bits, repeated while its output is >= n (cycle walking: Black and Rogaway 2002,
-          CT-RSA, "Ciphers with arbitrary finite domains"). Round i: (L, R) -> (R, L xor F(R, key_i)), the halves of
-          b - b//2 and b//2 bits changing places; F is the low bits of splitmix64's finaliser of R + key_i (Steele et
-          al. 2014, OOPSLA). The keys are the 8-byte little-endian words of shake_256("seed:fingerprint:epoch").
+Shuffle.  P is a keyed permutation of [0, n) (shuffle.py), named "seed:fingerprint:epoch"; with a window it moves the
+          corpus's runs as wholes and shuffles inside windows of some runs, for shards that are fetched.
+Skips.    Positions count what is served. A skipped range of them is passed over from then on: the positions behind it
+          move up, and what lay in it is never read. It counts as read where epochs are counted.
 Cost.     0.2-0.4 us a position in calls of thousands; a call costs about 1 ms, so callers ask for many.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import gcd
@@ -26,25 +24,33 @@ from typing import Any, Literal
 
 import numpy as np
 
+from megagpt.data.shuffle import shuffled, window_shuffled
 from megagpt.errors import UserError
 
 ALGORITHM = 1
 Packing = Literal["chunk", "best_fit"]
-_ROUNDS = 6
+_MOST_SKIPS = 64
 _LARGEST_WEIGHTS = 1 << 30  # 2 * W * W stays below 2**63
 
 
 @dataclass(frozen=True)
 class Source:
-    """A corpus in the stream: what names it, and its sequences at the run's context and packing."""
+    """A corpus in the stream: what names it, and its sequences at the run's context and packing.
+
+    `runs` are the equal parts that a windowed order moves as wholes: as many as it has shards.
+    """
 
     fingerprint: str
     sequences: int
+    runs: int = 1
 
 
 @dataclass(frozen=True)
 class Segment:
-    """From position `start` on, the mixture has these weights, one for each of the cursor's sources (0: absent)."""
+    """From `start` on, the mixture has these weights, one for each of the cursor's sources (0: absent).
+
+    `start` counts skipped positions too.
+    """
 
     start: int
     weights: tuple[int, ...]
@@ -52,7 +58,12 @@ class Segment:
 
 @dataclass(frozen=True, kw_only=True)
 class Cursor:
-    """Where a run stands in its data: the whole state, equal on every rank, at most a few KB."""
+    """Where a run stands in its data: the whole state, equal on every rank, at most a few KB.
+
+    window       runs of a corpus that are shuffled together; None: all
+    max_epochs   times that a corpus may be read; None: without end
+    skipped      ranges [first, stop) of the stream, skipped positions counted, ascending and apart
+    """
 
     algorithm: int
     seed: int
@@ -61,6 +72,9 @@ class Cursor:
     consumed: int
     sources: tuple[Source, ...]
     segments: tuple[Segment, ...]
+    window: int | None = None
+    max_epochs: int | None = None
+    skipped: tuple[tuple[int, int], ...] = ()
 
     def advanced(self, sequences: int) -> Cursor:
         """The cursor after `sequences` more."""
@@ -89,9 +103,49 @@ class Cursor:
             raise UserError(f"the weights of the mixture add up to {sum(values):,}; at most {_LARGEST_WEIGHTS:,}.")
         if self.segments and values == _widened(self.segments[-1], len(sources)).weights:
             return self
-        kept = [segment for segment in self.segments if segment.start < self.consumed]
-        segments = [_widened(segment, len(sources)) for segment in (*kept, Segment(self.consumed, values))]
+        begin = self.passed(self.consumed)
+        kept = [segment for segment in self.segments if segment.start < begin]
+        segments = [_widened(segment, len(sources)) for segment in (*kept, Segment(begin, values))]
         return replace(self, sources=sources, segments=tuple(segments))
+
+    def skipping(self, first: int, stop: int) -> Cursor:
+        """The cursor whose stream leaves out what its positions [first, stop) hold, as after a loss spike.
+
+        Positions before `first` keep what they hold; `stop` and those behind it move up to `first`. Raises UserError
+        if the range is empty, begins before what was consumed, or is one too many for a small state.
+        """
+        if not self.consumed <= first < stop:
+            raise UserError(
+                f"the positions {first:,} to {stop:,} cannot be skipped: {self.consumed:,} sequences were consumed.",
+                "Go back to a checkpoint before the range, and name a range that is not empty.",
+            )
+        begin, end = self.passed(first), self.passed(stop - 1) + 1
+        begin = min([was for was, to in self.skipped if to == begin], default=begin)
+        apart = [(was, to) for was, to in self.skipped if to < begin or was > end]
+        if len(apart) == _MOST_SKIPS:
+            raise UserError(f"the run skips {_MOST_SKIPS} ranges of its data already; its fault lies elsewhere.")
+        return replace(self, skipped=tuple(sorted([*apart, (begin, end)])))
+
+    def passed(self, position: int) -> int:
+        """Where a position lies in the stream with nothing skipped."""
+        return int(_with_skipped(self.skipped, np.array([position]))[0])
+
+    def epochs(self, stop: int) -> dict[Source, float]:
+        """How often each corpus is read before position `stop`."""
+        counts = _before(self.segments, self.passed(stop - 1) + 1 if stop else 0)
+        return {source: count / source.sequences for source, count in zip(self.sources, counts.tolist(), strict=True)}
+
+    def check_repetition(self, stop: int) -> None:
+        """Raise UserError if a corpus is read more than max_epochs times before position `stop`."""
+        if self.max_epochs is None:
+            return
+        for source, epochs in self.epochs(stop).items():
+            if epochs > self.max_epochs:
+                raise UserError(
+                    f"{stop:,} sequences read the corpus {source.fingerprint[:12]} ({source.sequences:,} sequences) "
+                    f"{epochs:.2f} times; data.max_epochs = {self.max_epochs} allows no more.",
+                    "Give it a smaller weight, more text or fewer tokens to the run, or raise data.max_epochs.",
+                )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; `from_dict` reads them back."""
@@ -101,8 +155,11 @@ class Cursor:
             "context": self.context,
             "packing": self.packing,
             "consumed": self.consumed,
-            "sources": [[source.fingerprint, source.sequences] for source in self.sources],
+            "sources": [[source.fingerprint, source.sequences, source.runs] for source in self.sources],
             "segments": [[segment.start, *segment.weights] for segment in self.segments],
+            "window": self.window,
+            "max_epochs": self.max_epochs,
+            "skipped": [list(bounds) for bounds in self.skipped],
         }
 
     @staticmethod
@@ -113,15 +170,25 @@ class Cursor:
                 f"this run's data order is of version {values['algorithm']}; this megagpt makes version {ALGORITHM}.",
                 "Go on with the megagpt that began the run, or begin a new run.",
             )
-        sources = tuple(Source(str(fingerprint), int(count)) for fingerprint, count in values["sources"])
+        sources = tuple(Source(*source) for source in values["sources"])
         segments = tuple(Segment(int(start), tuple(weights)) for start, *weights in values["segments"])
-        return Cursor(**{**values, "sources": sources, "segments": segments})
+        skipped = tuple((first, stop) for first, stop in values.get("skipped", ()))
+        return Cursor(**{**values, "sources": sources, "segments": segments, "skipped": skipped})
 
 
-def start(*, seed: int, context: int, packing: Packing, weights: Mapping[Source, int]) -> Cursor:
+def start(
+    *, seed: int, context: int, packing: Packing, weights: Mapping[Source, int], window: int | None = None
+) -> Cursor:
     """The cursor of a run that has consumed nothing. Raises UserError as Cursor.with_mixture."""
     empty = Cursor(
-        algorithm=ALGORITHM, seed=seed, context=context, packing=packing, consumed=0, sources=(), segments=()
+        algorithm=ALGORITHM,
+        seed=seed,
+        context=context,
+        packing=packing,
+        consumed=0,
+        sources=(),
+        segments=(),
+        window=window,
     )
     return empty.with_mixture(weights)
 
@@ -138,16 +205,35 @@ def sequences(cursor: Cursor, positions: np.ndarray) -> tuple[np.ndarray, np.nda
     positions = np.asarray(positions, dtype=np.int64)
     if positions.size and positions.min() < 0:
         raise ValueError("positions in the stream count from 0")
-    corpus, ordinal = _mixed(cursor.segments, positions)
+    corpus, ordinal = _mixed(cursor.segments, _with_skipped(cursor.skipped, positions))
     sequence = np.empty_like(ordinal)
     for number, source in enumerate(cursor.sources):
         mine = np.flatnonzero(corpus == number)
-        epoch, index = np.divmod(ordinal[mine], source.sequences)
-        epochs, which = np.unique(epoch, return_inverse=True)
-        keys = [_keys(cursor.seed, source.fingerprint, value) for value in epochs.tolist()]
-        if keys:
-            sequence[mine] = _permuted(index, source.sequences, np.stack(keys, axis=1)[:, which])
+        if len(mine):
+            sequence[mine] = _shuffled(cursor, source, *np.divmod(ordinal[mine], source.sequences))
     return corpus, sequence
+
+
+def _shuffled(cursor: Cursor, source: Source, epoch: np.ndarray, index: np.ndarray) -> np.ndarray:
+    """The sequence of a corpus at each index of its epochs."""
+    epochs, which = np.unique(epoch, return_inverse=True)
+    names = [f"{cursor.seed}:{source.fingerprint}:{value}" for value in epochs.tolist()]
+    if cursor.window is None or cursor.window >= source.runs:
+        return shuffled(index, source.sequences, names, which)
+    sequence = np.empty_like(index)
+    for number, name in enumerate(names):
+        here = which == number
+        sequence[here] = window_shuffled(index[here], source.sequences, name, runs=source.runs, window=cursor.window)
+    return sequence
+
+
+def _with_skipped(skipped: Sequence[tuple[int, int]], positions: np.ndarray) -> np.ndarray:
+    """Where positions lie in the stream with nothing skipped."""
+    if not skipped:
+        return positions
+    first, stop = np.array(skipped, dtype=np.int64).T
+    before = np.concatenate([[0], np.cumsum(stop - first)])
+    return positions + before[np.searchsorted(first - before[:-1], positions, "right")]
 
 
 def _before(segments: Sequence[Segment], position: int) -> np.ndarray:
@@ -201,36 +287,3 @@ def _interleaved(weights: Sequence[int], offsets: np.ndarray) -> tuple[np.ndarra
         ordinal[taken] = periods[taken] * weights[k] + share[taken]
         left, rest = left - share, rest - weights[k]
     return corpus, ordinal
-
-
-def _keys(seed: int, fingerprint: str, epoch: int) -> np.ndarray:
-    digest = hashlib.shake_256(f"{seed}:{fingerprint}:{epoch}".encode()).digest(8 * _ROUNDS)
-    return np.frombuffer(digest, dtype="<u8")
-
-
-def _permuted(indices: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
-    """The images of `indices` [n] under the permutations of [0, size) that the keys [rounds, n] name."""
-    bits = max(2, (size - 1).bit_length())
-    images = _feistel(indices.astype(np.uint64), bits, keys)
-    outside = np.flatnonzero(images >= size)
-    while len(outside):
-        images[outside] = _feistel(images[outside], bits, keys[:, outside])
-        outside = outside[images[outside] >= size]
-    return images.astype(np.int64)
-
-
-def _feistel(values: np.ndarray, bits: int, keys: np.ndarray) -> np.ndarray:
-    """One pass of the network over [0, 2**bits). An even number of rounds restores the widths of the halves."""
-    right_bits, left_bits = bits // 2, bits - bits // 2
-    left, right = values >> np.uint64(right_bits), values & np.uint64((1 << right_bits) - 1)
-    for key in keys:
-        mixed = _splitmix64(right + key) & np.uint64((1 << left_bits) - 1)
-        left, right = right, left ^ mixed
-        left_bits, right_bits = right_bits, left_bits
-    return (left << np.uint64(right_bits)) | right
-
-
-def _splitmix64(values: np.ndarray) -> np.ndarray:
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))

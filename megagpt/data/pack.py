@@ -47,6 +47,10 @@ class Sequences(Protocol):
         """Indices into the row, above 0, at which another document begins, ascending."""
         ...
 
+    def ask(self, sequence: int) -> int:
+        """Have it fetched, if it is remote; about how many bytes that takes."""
+        ...
+
 
 class Chunks:
     """Packing `chunk`: documents end to end, cut at every multiple of T."""
@@ -64,6 +68,10 @@ class Chunks:
     def seams(self, sequence: int) -> list[int]:
         start = sequence * self.context
         return self.split.seams(start, min(start + self.context + 1, self.split.tokens))
+
+    def ask(self, sequence: int) -> int:
+        start = sequence * self.context
+        return self.split.ask(start, start + self.context + 1)
 
 
 class BestFit:
@@ -87,6 +95,11 @@ class BestFit:
     def seams(self, sequence: int) -> list[int]:
         return list(accumulate(self._piece_length[self._row_first[sequence] : self._row_first[sequence + 1] - 1]))
 
+    def ask(self, sequence: int) -> int:
+        pieces = slice(self._row_first[sequence], self._row_first[sequence + 1])
+        spans = zip(self._piece_start[pieces], self._piece_length[pieces], strict=True)
+        return sum(self.split.ask(start, start + length) for start, length in spans)
+
 
 def open_sequences(corpus: Corpus, split: str, *, context: int, packing: Packing) -> Sequences:
     """A split's sequences; best_fit reads its plan, or makes it. Raises UserError if the split is empty."""
@@ -96,10 +109,11 @@ def open_sequences(corpus: Corpus, split: str, *, context: int, packing: Packing
     return BestFit(tokens, _stored_plan(corpus, split, tokens, context))
 
 
-def source(corpus: Corpus, *, context: int, packing: Packing) -> Source:
-    """The corpus's training split as the data order knows it."""
+def source(corpus: Corpus, *, context: int, packing: Packing, windowed: bool = False) -> Source:
+    """The corpus's training split as the data order knows it; in a windowed one its shards count."""
     sequences = open_sequences(corpus, "train", context=context, packing=packing)
-    return Source(fingerprint=corpus.fingerprint, sequences=sequences.count)
+    runs = len(corpus.manifest.shards_of("train")) if windowed else 1
+    return Source(fingerprint=corpus.fingerprint, sequences=sequences.count, runs=runs)
 
 
 def _plan_path(corpus: Corpus, split: str, context: int) -> Path:

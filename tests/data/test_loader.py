@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Iterator
 from itertools import islice
@@ -353,3 +354,23 @@ def test_a_batch_moves_as_a_whole(corpora: list[Corpus]) -> None:
     assert batch.cu_seqlens_S is not None
     assert all(t.is_meta for t in (batch.tokens_BT, batch.targets_BT, batch.cu_seqlens_S, batch.samples_B))
     assert next(batches(corpora, "chunk", mask=False)).to("cpu").cu_seqlens_S is None
+
+
+def test_a_run_stops_at_the_step_that_would_read_a_corpus_too_often(make_corpus: MakeCorpus) -> None:
+    corpus = make_corpus("a", random_documents(1, 20, 30))
+    source = pack.source(corpus, context=T, packing="chunk")
+    cursor = dataclasses.replace(cursor_of([corpus], weights=(1,)), max_epochs=2)
+    steps = train_steps(
+        [corpus],
+        cursor,
+        global_batch=lambda _: 4,
+        micro_batch=2,
+        data_rank=0,
+        data_ranks=2,
+        document_mask=False,
+        pin=False,
+    )
+    for _ in range(2 * source.sequences // 4):
+        next(steps)
+    with pytest.raises(UserError, match="data.max_epochs = 2 allows no more"):
+        next(steps)

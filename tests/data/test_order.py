@@ -1,7 +1,11 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -15,8 +19,8 @@ from megagpt.errors import UserError
 A, B, C = Source("a" * 64, 1000), Source("b" * 64, 7), Source("c" * 64, 10**9)
 
 
-def start(weights: dict[Source, int], seed: int = 1) -> Cursor:
-    return order.start(seed=seed, context=2048, packing="chunk", weights=weights)
+def start(weights: dict[Source, int], seed: int = 1, window: int | None = None) -> Cursor:
+    return order.start(seed=seed, context=2048, packing="chunk", weights=weights, window=window)
 
 
 def at(cursor: Cursor, first: int, stop: int) -> list[tuple[int, int]]:
@@ -107,29 +111,191 @@ def test_counting_a_prefix_agrees_with_walking_it(weights: list[int], length: in
     assert order._counts(weights, length).tolist() == np.bincount(corpus, minlength=len(weights)).tolist()
 
 
-@settings(deadline=None, max_examples=60)
+def plain_interleave(weights: list[int]) -> Iterator[int]:
+    """The documented mixture for one position after another, without numpy: the corpus of each."""
+    heaviest_first = sorted((k for k in range(len(weights)) if weights[k]), key=lambda k: -weights[k])
+    for position in itertools.count():
+        rest, left, taken = sum(weights), position % sum(weights), None
+        for k in heaviest_first:
+            share = (2 * left * weights[k] + rest) // (2 * rest)
+            if taken is None and (2 * (left + 1) * weights[k] + rest) // (2 * rest) > share:
+                taken = k
+            left, rest = left - share, rest - weights[k]
+        assert taken is not None
+        yield taken
+
+
+@dataclass
+class Walk:
+    """The stream as a plain loop over positions: what the formula is compared with."""
+
+    seed: int
+    sources: list[Source] = field(default_factory=list)
+    given: list[int] = field(default_factory=list)
+    mixture: Iterator[int] = field(default_factory=lambda: iter(()))
+    weights: list[int] = field(default_factory=list)
+    position: int = 0
+    skips: list[tuple[int, int]] = field(default_factory=list)
+
+    def mix(self, weights: dict[Source, int]) -> None:
+        for source in weights:
+            if source not in self.sources:
+                self.sources.append(source)
+                self.given.append(0)
+        values = [weights.get(source, 0) for source in self.sources]
+        values = [value // math.gcd(*values) for value in values]
+        if values != self.weights + [0] * (len(values) - len(self.weights)):
+            self.weights, self.mixture = values, plain_interleave(values)
+
+    def next(self) -> tuple[int, int]:
+        while True:
+            number = next(self.mixture)
+            ordinal, source = self.given[number], self.sources[number]
+            self.given[number] += 1
+            self.position += 1
+            if not any(first < self.position <= stop for first, stop in self.skips):
+                epoch, index = divmod(ordinal, source.sequences)
+                return number, plain_permutation(index, source.sequences, self.seed, source.fingerprint, epoch)
+
+
+@settings(deadline=None, max_examples=300)
 @given(st.data())
-def test_kills_ranks_batches_and_mixtures_change_nothing_and_lose_nothing(data: st.DataObject) -> None:
-    """A run that is cut, resumed on other ranks, and mixed anew reads each corpus in its own order, once an epoch."""
+def test_kills_ranks_batches_mixtures_and_skips_give_what_a_plain_loop_gives(data: st.DataObject) -> None:
+    """A run that is cut, resumed on other ranks, mixed anew and told to skip reads what the definition says."""
     pool = [Source(str(number), data.draw(st.integers(1, 60))) for number in range(4)]
     mixtures = st.dictionaries(st.sampled_from(pool), st.integers(1, 9), min_size=1)
-    cursor = start(data.draw(mixtures))
+    weights = data.draw(mixtures)
+    cursor, walk = start(weights), Walk(seed=1)
+    walk.mix(weights)
     read: list[tuple[int, int]] = []
-    for _ in range(data.draw(st.integers(1, 8))):
+    expected: list[tuple[int, int]] = []
+    for _ in range(data.draw(st.integers(1, 6))):
         ranks = data.draw(st.sampled_from([1, 2, 3, 8]))
         batch = ranks * data.draw(st.integers(1, 6))
-        for _ in range(data.draw(st.integers(0, 4))):
+        if data.draw(st.booleans()):
+            first = cursor.consumed + data.draw(st.integers(0, 30))
+            stop = first + data.draw(st.integers(1, 20))
+            walk.skips.append((cursor.passed(first), cursor.passed(stop - 1) + 1))
+            cursor = cursor.skipping(first, stop)
+        for _ in range(data.draw(st.integers(0, 3))):
             share = batch // ranks
             begins = [cursor.consumed + rank * share for rank in range(ranks)]
             read += [pair for begin in begins for pair in at(cursor, begin, begin + share)]
+            expected += [walk.next() for _ in range(batch)]
             cursor = cursor.advanced(batch)
         cursor = Cursor.from_dict(json.loads(json.dumps(cursor.to_dict())))  # a kill, and the checkpoint read again
-        cursor = cursor.with_mixture(data.draw(mixtures))
+        weights = data.draw(mixtures)
+        cursor = cursor.with_mixture(weights)
+        while walk.position < cursor.passed(cursor.consumed):  # what is skipped right here has the old mixture
+            next_number = next(walk.mixture)
+            walk.given[next_number] += 1
+            walk.position += 1
+        walk.mix(weights)
+    assert read == expected
     assert at(cursor, 0, cursor.consumed) == read, "the last state still knows the whole past"
-    for number, source in enumerate(cursor.sources):
-        mine = [sequence for corpus, sequence in read if corpus == number]
-        alone = [sequence for _, sequence in at(start({source: 1}), 0, len(mine))]
-        assert mine == alone, "a corpus's own order, with no sequence repeated or left out"
+
+
+def test_thousands_of_interrupted_runs_lose_and_repeat_nothing() -> None:
+    """2,500 runs: killed anywhere, ranks and batches changed, corpora added, taken away and weighed anew."""
+    generator = np.random.default_rng(0)
+    for _ in range(2500):
+        pool = [Source(str(number), int(generator.integers(1, 40))) for number in range(3)]
+        cursor, parts = None, []
+        for _ in range(4):
+            some = [source for source in pool if generator.random() < 0.7] or pool[:1]
+            weights = {source: int(generator.integers(1, 6)) for source in some}
+            cursor = start(weights) if cursor is None else cursor.with_mixture(weights)
+            ranks = int(generator.choice([1, 2, 3, 8]))
+            share = int(generator.integers(1, 4))
+            done = int(generator.integers(0, 5)) * ranks * share
+            each = np.arange(cursor.consumed, cursor.consumed + done).reshape(-1, ranks, share)
+            where = each[:, generator.permutation(ranks)].reshape(-1)  # a rank after another, in any order
+            parts.append((where, *sequences(cursor, where)))
+            cursor = cursor.advanced(done)
+        assert cursor is not None
+        positions, corpus, sequence = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+        assert sorted(positions.tolist()) == list(range(cursor.consumed))
+        by_position = np.argsort(positions)
+        corpus, sequence = corpus[by_position], sequence[by_position]
+        for number, source in enumerate(cursor.sources):
+            mine = sequence[corpus == number]
+            _, alone = sequences(start({source: 1}), np.arange(len(mine)))
+            assert mine.tolist() == alone.tolist(), "a corpus's own order, with no sequence repeated or left out"
+
+
+def test_a_skipped_range_is_never_read_and_what_was_before_it_stays() -> None:
+    plain = start({A: 5, B: 3}).advanced(20)
+    cursor = plain.skipping(30, 34).skipping(28, 32).skipping(40, 41)
+    assert cursor.skipped == ((28, 36), (48, 49)), "positions count what is served: 28 to 32 held 28, 29, 34 and 35"
+    served = at(cursor, 0, 60)
+    everything = at(plain, 0, 69)
+    assert served == everything[:28] + everything[36:48] + everything[49:69]
+    assert cursor.consumed == 20
+    for first, stop in ((19, 25), (30, 30)):
+        with pytest.raises(UserError, match="cannot be skipped: 20 sequences were consumed"):
+            cursor.skipping(first, stop)
+
+
+def test_ranges_that_touch_become_one_and_more_than_64_are_refused() -> None:
+    cursor = start({A: 1})
+    for _ in range(100):
+        cursor = cursor.skipping(0, 3)
+    assert cursor.skipped == ((0, 300),)
+    for number in range(63):
+        cursor = cursor.skipping(10 * (number + 1), 10 * (number + 1) + 1)
+    assert len(json.dumps(cursor.to_dict())) < 2048
+    with pytest.raises(UserError, match="the run skips 64 ranges"):
+        cursor.skipping(5000, 5001)
+    assert cursor.skipping(600, 10**6).skipped[-1][1] > 10**6, "one that swallows others is no further one"
+
+
+def test_a_state_without_skips_and_windows_is_still_read() -> None:
+    cursor = start({A: 5, B: 3}).advanced(7)
+    old = cursor.to_dict()
+    for key in ("skipped", "window", "max_epochs"):
+        del old[key]
+    old["sources"] = [source[:2] for source in old["sources"]]
+    assert Cursor.from_dict(old) == cursor
+
+
+def test_reading_a_corpus_too_often_is_refused_with_the_figures() -> None:
+    cursor = replace(start({A: 1, B: 1}), max_epochs=2)
+    cursor.check_repetition(28)
+    assert cursor.epochs(28) == {A: 0.014, B: 2.0}
+    with pytest.raises(
+        UserError, match=r"corpus bbbbbbbbbbbb \(7 sequences\) 2\.14 times; data.max_epochs = 2 allows"
+    ):
+        cursor.check_repetition(30)
+    replace(cursor, max_epochs=None).check_repetition(10**9)
+    assert cursor.skipping(0, 10).epochs(18) == {A: 0.014, B: 2.0}, "what is skipped counts as read"
+
+
+windowed_cases = st.tuples(st.integers(1, 2000), st.integers(1, 40), st.integers(1, 12), st.integers(0, 2**63))
+
+
+@settings(deadline=None)
+@given(windowed_cases)
+def test_a_windowed_epoch_is_a_permutation_that_reads_few_runs_at_a_time(case: tuple[int, int, int, int]) -> None:
+    size, runs, window, seed = case
+    source = Source("f", size, runs)
+    cursor = start({source: 3}, seed=seed, window=window)
+    _, sequence = sequences(cursor, np.arange(2 * size))
+    assert sorted(sequence[:size].tolist()) == sorted(sequence[size:].tolist()) == list(range(size))
+    run = -(-size // runs)
+    if window < runs:
+        for first in range(0, size, window * run):
+            assert len(np.unique(sequence[first : min(size, first + window * run)] // run)) <= window + 2
+    else:
+        assert sequence.tolist() == sequences(start({source: 3}, seed=seed), np.arange(2 * size))[1].tolist()
+
+
+def test_the_windowed_order_is_this_and_no_other() -> None:
+    cursor = start({Source("c" * 64, 10**9, 1000): 2, Source("a" * 64, 1000, 7): 1}, window=3)
+    assert at(cursor, 0, 6) == GOLDEN_WINDOWED
+    assert at(cursor, 10**10, 10**10 + 3) == GOLDEN_WINDOWED_FAR
+    shuffled = np.random.default_rng(0).permutation(5000)
+    together, alone = sequences(cursor, shuffled), sequences(cursor, np.arange(5000))
+    assert [part.tolist() for part in together] == [part[shuffled].tolist() for part in alone]
 
 
 def test_the_same_mixture_again_changes_nothing_and_an_unused_one_is_replaced() -> None:
@@ -199,3 +365,5 @@ GOLDEN = [
 ]
 GOLDEN_B = [(1, 2), (1, 6), (1, 0), (1, 3)]
 GOLDEN_FAR = [(0, 504371939), (0, 678602097), (0, 945729218)]
+GOLDEN_WINDOWED = [(0, 629070805), (1, 936), (0, 285101566), (0, 285709972), (1, 473), (0, 338418898)]
+GOLDEN_WINDOWED_FAR = [(1, 113), (0, 740919453), (0, 676121020)]
