@@ -126,6 +126,13 @@ def data_build(words: list[str]) -> int:
     return 0
 
 
+def data_convert(words: list[str]) -> int:
+    from megagpt.data.commands import Convert, run_convert
+
+    run_convert(_parse(Convert, "data convert", words))
+    return 0
+
+
 def data_inspect(words: list[str]) -> int:
     from megagpt.data.commands import Inspect, run_inspect
 
@@ -199,6 +206,11 @@ COMMANDS = {
         data_build,
         "tokenise Parquet, JSONL or text into a corpus of shards",
         "megagpt data build web/*.parquet --out corpora/web --tokenizer tokenizer.json",
+    ),
+    "data convert": Command(
+        data_convert,
+        "take over a corpus of one document a tar member",
+        "megagpt data convert 'old/*.tar' --out corpora/old --tokenizer tokenizer.json",
     ),
     "data inspect": Command(data_inspect, "what a corpus holds", "megagpt data inspect corpora/web"),
     "data verify": Command(data_verify, "check every hash of a corpus", "megagpt data verify corpora/web"),

@@ -285,7 +285,8 @@ def _check_space(out: Path, job: Job, tasks: Sequence[Sequence[Slice]]) -> None:
     tokenizer, choice = job.tokenizer(), job.recipe.choice()
     for piece in chain.from_iterable(tasks):
         for document, taken in choice.read(piece):
-            tokens += len(tokenizer.encode(document.text[:_SAMPLE_BYTES])) + 1 if taken else 0
+            count = len(tokenizer.encode(document.text[:_SAMPLE_BYTES])) if document.ids is None else len(document.ids)
+            tokens += count + 1 if taken else 0
             read += min(len(document.utf8), _SAMPLE_BYTES)
             if read >= _SAMPLE_BYTES:
                 break

@@ -59,6 +59,28 @@ class Build:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Convert:
+    """Take over WebDataset tars of one document a sample (.npy ids, .txt, .json) as a corpus of blocks."""
+
+    tars: Positional[tuple[str, ...]]
+    """Local tar files, or globs in quotes."""
+    out: Path
+    """Folder of the corpus. A conversion that was stopped goes on there."""
+    tokenizer: Path
+    """The tokenizer of the ids, or for the texts: a tokenizer.json, or a folder with one."""
+    column: str = "text"
+    """Key of the text in .json members."""
+    heldout: float = 0.005
+    """Share of the documents kept out of training for evaluation, from 0 to below 1; chosen by their hash."""
+    deduplicate: bool = False
+    """Take only the first of documents that are exactly the same."""
+    processes: int = field(default_factory=available_cores)
+    """Processes that work, a core each; a tar is not divided."""
+    json: bool = False
+    """Print the summary as JSON."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Inspect:
     """Show what a corpus holds: counts, lengths, and the beginnings of some documents."""
 
@@ -119,6 +141,29 @@ def run_build(options: Build) -> None:
         _print(_rows(options.out, manifest))
     if not manifest.counts["heldout"].documents and options.heldout and not options.json:
         print("no document was held out: there is nothing to evaluate on. Give more text or a larger --heldout.")
+
+
+def run_convert(options: Convert) -> None:
+    """`megagpt data convert`. Raises UserError for whatever is wrong with tars, options or disk."""
+    from megagpt.data.sources import find_files
+
+    others = [path for path in find_files(options.tars) if not path.endswith(".tar")]
+    if others:
+        raise UserError(
+            f"{others[0]} is not a tar.", "Text, JSONL and Parquet become a corpus with 'megagpt data build'."
+        )
+    run_build(
+        Build(
+            inputs=options.tars,
+            out=options.out,
+            tokenizer=options.tokenizer,
+            column=options.column,
+            heldout=options.heldout,
+            deduplicate=options.deduplicate,
+            processes=options.processes,
+            json=options.json,
+        )
+    )
 
 
 def _part(options: Build) -> tuple[int, int, Path]:

@@ -4,6 +4,7 @@
 |-------------------------------------------------------|---------------------------------------------|
 | .parquet                                              | one a row: a string column                  |
 | .jsonl .ndjson, .json.gz, .json.zst (and .json named) | one a line: a string under a key            |
+| .tar, where it is named                               | one a sample (members.py)                   |
 | .txt .md .rst .py, and any other file that is named   | the whole file                              |
 Each but Parquet also as .gz or .zst. A folder is walked in sorted order, hidden names left out, and yields the kinds
 above; globs and single files are taken whatever their name. The input is cut into slices that can be read
@@ -21,12 +22,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple, cast
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from megagpt.data.members import read_members
 from megagpt.errors import UserError
 
-Kind = Literal["parquet", "jsonl", "text"]
+Kind = Literal["parquet", "jsonl", "text", "tar"]
 _COMPRESSED = (".gz", ".zst")
 _JSONL = (".jsonl", ".ndjson")
 _TEXT = (".txt", ".md", ".rst", ".py")
@@ -47,12 +50,16 @@ class Slice:
 
 
 class Document(NamedTuple):
-    """One text, its UTF-8 bytes, its row or line in the file, from 0, and the further columns that were asked for."""
+    """One text, its UTF-8 bytes, its row or line in the file, from 0, and the further columns that were asked for.
+
+    Of a document that is ids already, `utf8` are their bytes as little-endian uint32: enough to tell it from others.
+    """
 
     text: str
     utf8: bytes
     row: int
     record: Mapping[str, Any]
+    ids: np.ndarray | None = None
 
 
 def find_files(inputs: Sequence[str]) -> list[str]:
@@ -122,7 +129,9 @@ def _slices(path: str, *, column: str, size: int) -> Iterator[Slice]:
         yield from _parquet_slices(path, column=column, size=size)
         return
     length = Path(path).stat().st_size
-    kind: Kind = "jsonl" if stem.endswith((*_JSONL, ".json")) else "text"
+    kind: Kind = "tar" if stem.endswith(".tar") else "jsonl" if stem.endswith((*_JSONL, ".json")) else "text"
+    if kind == "tar" and compressed:
+        raise UserError(f"{path} is a compressed tar.", "Decompress it first.")
     if kind == "jsonl" and not compressed:
         for start in range(0, length, size):
             stop = min(start + size, length)
@@ -168,7 +177,7 @@ def read(piece: Slice, column: str, further: Sequence[str] = ()) -> Iterator[Doc
 
     Raises UserError, with file and line or row, for what is not UTF-8, not JSON, not a text, or cannot be read.
     """
-    readers = {"parquet": _read_parquet, "jsonl": _read_jsonl, "text": _read_text}
+    readers = {"parquet": _read_parquet, "jsonl": _read_jsonl, "text": _read_text, "tar": _read_tar}
     try:
         yield from readers[piece.kind](piece, column, further)
     except (pa.ArrowException, OSError) as error:
@@ -212,6 +221,12 @@ def _read_text(piece: Slice, _column: str, further: Sequence[str]) -> Iterator[D
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
         raise UserError(f"{piece.path}:{line} is not UTF-8: {error.reason}.") from error
+
+
+def _read_tar(piece: Slice, column: str, further: Sequence[str]) -> Iterator[Document]:
+    for member in read_members(piece.path, column, further):
+        content = member.text.encode() if member.ids is None else member.ids.astype("<u4").tobytes()
+        yield Document(member.text, content, member.number, member.record, member.ids)
 
 
 def _open_stream(path: str) -> BinaryIO:

@@ -110,11 +110,11 @@ def run_task(job: Job, task: tuple[int, Sequence[Slice]], report: Report) -> Non
         for piece, document, fate in fates(job, number, slices, report):
             tally = tallies[piece]
             if fate in SPLITS:
-                ids = tokenizer.encode_document(document.text)
-                writers[fate].add(ids, len(document.utf8))
+                ids, text_bytes = _tokens(tokenizer, document, slices[piece])
+                writers[fate].add(ids, text_bytes)
                 tally.documents[fate] += 1
                 tally.tokens[fate] += len(ids)
-                tally.text_bytes[fate] += len(document.utf8)
+                tally.text_bytes[fate] += text_bytes
             else:
                 tally.left_out[fate] = tally.left_out.get(fate, 0) + 1
     left_out = {fate: sum(tally.left_out.get(fate, 0) for tally in tallies) for fate in FATES}
@@ -126,6 +126,17 @@ def run_task(job: Job, task: tuple[int, Sequence[Slice]], report: Report) -> Non
         "shards": [dataclasses.asdict(entry) for split in SPLITS for entry in writers[split].entries],
     }
     write_whole(marker(job.out, number), canonical_json(result))
+
+
+def _tokens(tokenizer: Tokenizer, document: Document, piece: Slice) -> tuple[np.ndarray, int]:
+    """A document's ids, end of text included, and the bytes of its text."""
+    if document.ids is None:
+        return tokenizer.encode_document(document.text), len(document.utf8)
+    try:
+        ids = tokenizer.checked(document.ids)
+    except ValueError as error:
+        raise UserError(f"{piece.path}: document {document.row + 1:,} {error}.") from error
+    return ids, len(tokenizer.decode(ids[:-1]).encode())
 
 
 @dataclass

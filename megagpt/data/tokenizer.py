@@ -62,6 +62,19 @@ class Tokenizer:
         ids.append(self.end_of_text)
         return np.array(ids, dtype=self.dtype())
 
+    def checked(self, ids: np.ndarray) -> np.ndarray:
+        """A document's ids that were made elsewhere, with one end of text, at its end.
+
+        Raises ValueError, worded to follow a document's name, if they are not this tokenizer's.
+        """
+        if len(ids) and ids[-1] == self.end_of_text:
+            ids = ids[:-1]
+        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocabulary:
+            raise ValueError(f"has ids from {ids.min():,} to {ids.max():,}; the tokenizer has {self.vocabulary:,}")
+        if (ids == self.end_of_text).any():
+            raise ValueError("has the end of text inside it")
+        return np.append(ids, self.end_of_text).astype(self.dtype())
+
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`; special tokens are written out."""
         return self.model.decode([int(token) for token in ids], skip_special_tokens=False)
