@@ -35,7 +35,9 @@ setup(
         "tensorboard": ["tensorboard>=2.17"],
         "wandb": ["wandb>=0.17"],
         "s3": ["s3fs>=2025.2"],
+        "fast": ["gigatoken>=0.10"],
         "dev": [
+            "gigatoken>=0.10",
             "hypothesis>=6.100",
             "moto[s3,server]>=5",
             "pre-commit>=3.7",

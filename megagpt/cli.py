@@ -126,10 +126,45 @@ def data_build(words: list[str]) -> int:
     return 0
 
 
+def data_convert(words: list[str]) -> int:
+    from megagpt.data.commands import Convert, run_convert
+
+    run_convert(_parse(Convert, "data convert", words))
+    return 0
+
+
 def data_inspect(words: list[str]) -> int:
     from megagpt.data.commands import Inspect, run_inspect
 
     run_inspect(_parse(Inspect, "data inspect", words))
+    return 0
+
+
+def data_which(words: list[str]) -> int:
+    from megagpt.commands.data import Which, run_which
+
+    run_which(_parse(Which, "data which", words))
+    return 0
+
+
+def data_replay(words: list[str]) -> int:
+    from megagpt.commands.data import Replay, run_replay
+
+    run_replay(_parse(Replay, "data replay", words))
+    return 0
+
+
+def data_mix(words: list[str]) -> int:
+    from megagpt.commands.data import Mix, run_mix
+
+    run_mix(_parse(Mix, "data mix", words))
+    return 0
+
+
+def data_stats(words: list[str]) -> int:
+    from megagpt.commands.data import Stats, run_stats
+
+    run_stats(_parse(Stats, "data stats", words))
     return 0
 
 
@@ -172,8 +207,19 @@ COMMANDS = {
         "tokenise Parquet, JSONL or text into a corpus of shards",
         "megagpt data build web/*.parquet --out corpora/web --tokenizer tokenizer.json",
     ),
+    "data convert": Command(
+        data_convert,
+        "take over a corpus of one document a tar member",
+        "megagpt data convert 'old/*.tar' --out corpora/old --tokenizer tokenizer.json",
+    ),
     "data inspect": Command(data_inspect, "what a corpus holds", "megagpt data inspect corpora/web"),
     "data verify": Command(data_verify, "check every hash of a corpus", "megagpt data verify corpora/web"),
+    "data stats": Command(data_stats, "what each raw file gave to a corpus", "megagpt data stats corpora/web"),
+    "data mix": Command(
+        data_mix, "what a run would read of each corpus", "megagpt data mix gpt3-125m --mixture corpora/web 3"
+    ),
+    "data which": Command(data_which, "documents that a step reads", "megagpt data which runs/first --step 1200"),
+    "data replay": Command(data_replay, "a step's exact batch", "megagpt data replay runs/first --step 1200"),
     "export": Command(export, "write a Hugging Face folder", "megagpt export runs/first --to hf/first"),
     "import": Command(import_, "start a run from a Hugging Face folder", "megagpt import hf/gpt2 --out runs/gpt2"),
     "verify": Command(verify, "prove that every layout computes the same", "megagpt verify gpt3-125m --world 8"),

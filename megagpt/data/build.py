@@ -13,7 +13,7 @@ import dataclasses
 import fcntl
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -22,47 +22,141 @@ from pathlib import Path
 from typing import Any
 
 from megagpt.data import sources
+from megagpt.data.choose import find_repeats
 from megagpt.data.manifest import SPLITS, Counts, Manifest, load_manifest, save_manifest
 from megagpt.data.progress import progress
 from megagpt.data.sources import Slice
 from megagpt.data.tables import canonical_json, sha256_of
-from megagpt.data.task import PREPARATION, Job, Recipe, TaskResult, is_heldout, result_of, run_task
+from megagpt.data.task import (
+    PREPARATION,
+    Job,
+    Recipe,
+    TaskResult,
+    hash_task,
+    hashes_file,
+    is_heldout,
+    repeats_file,
+    result_of,
+    run_task,
+)
 from megagpt.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
-from megagpt.data.workers import Report, run_tasks
+from megagpt.data.workers import Report, Work, run_tasks
 from megagpt.errors import UserError
 from megagpt.files import require_space, sync_folder, write_whole
 
 _LARGEST_TASK = 128 << 20  # bytes of text: a task is redone after a kill, so it should not take hours
 _TRAINING_BYTES = 64 << 20  # of text for a tokenizer; more hardly changes it
 _SAMPLE_BYTES = 200_000  # of text, to foresee the size of the shards
+_SAMPLE_SLICES = 16
 
 
-def build(inputs: Sequence[str], out: Path, *, tokenizer: Path | None, recipe: Recipe, processes: int) -> Manifest:
+def build(
+    inputs: Sequence[str], out: Path, *, tokenizer: Path | None, recipe: Recipe, processes: int, fast: bool = False
+) -> Manifest:
     """Build the corpus `out` from files, folders or globs; go on where an earlier build was stopped.
 
-    `tokenizer` is a tokenizer.json or a folder with one; None trains one of recipe.vocabulary on the input.
+    `tokenizer` is a tokenizer.json or a folder with one; None trains one of recipe.vocabulary on the input. `fast`
+    lets gigatoken encode, once it has given the same ids as tokenizers for texts from all over this input.
     A corpus that is already built from the same is left as it is.
     Raises UserError for a bad recipe or input, too little disk space, or a folder that holds another corpus.
     """
-    _check(recipe, processes)
-    tasks = sources.cut(sources.find_files(inputs), column=recipe.column, tasks=recipe.tasks, largest=_LARGEST_TASK)
-    given = None if tokenizer is None else load_tokenizer(tokenizer, recipe.end_of_text)
-    plan = _Plan(recipe, tasks, given)
+    plan = _planned(inputs, tokenizer, recipe, processes)
     if (out / "manifest.json").exists():
         return _already_built(out, plan)
     (out / PREPARATION).mkdir(parents=True, exist_ok=True)
-    with _only_builder(out):
+    with _locked(out, fcntl.LOCK_EX | fcntl.LOCK_NB):
         if (out / "manifest.json").exists():  # another build has just committed it
             return _already_built(out, plan)
         _agree(out, plan)
-        used = given or _trained_tokenizer(out, tasks, recipe)
-        job = Job(out, recipe, used.definition, used.end_of_text)
-        waiting = [(number, task) for number, task in enumerate(tasks) if result_of(out, number) is None]
-        _check_space(out, job, [task for _, task in waiting])
-        size = sum(piece.text_bytes for _, task in waiting for piece in task)
-        with progress(f"building {out}", size) as report:
-            run_tasks(waiting, partial(run_task, job), processes=processes, report=report)
+        used = plan.tokenizer or _trained_tokenizer(out, plan.tasks, recipe)
+        _run(out, plan, used, range(len(plan.tasks)), processes=processes, fast=fast)
         return _commit(out, plan, used)
+
+
+def build_part(
+    inputs: Sequence[str],
+    out: Path,
+    *,
+    part: int,
+    parts: int,
+    tokenizer: Path,
+    recipe: Recipe,
+    processes: int,
+    fast: bool = False,
+) -> Manifest | None:
+    """Do every `parts`-th task from number `part` on, beside other processes and nodes that do the others.
+
+    Whoever finds all done commits the corpus; None before that. Repeats are known only when every task's hashes are,
+    so with recipe.deduplicate each part must be run once more after all have ended. Raises UserError as `build`.
+    """
+    if not 0 <= part < parts:
+        raise UserError(f"--task {part}/{parts} is no part: they count from 0 to {parts - 1}.")
+    plan = _planned(inputs, tokenizer, recipe, processes)
+    assert plan.tokenizer is not None, "a tokenizer was given"
+    if (out / "manifest.json").exists():
+        return _already_built(out, plan)
+    (out / PREPARATION).mkdir(parents=True, exist_ok=True)
+    with _locked(out, fcntl.LOCK_SH):
+        if not (out / "manifest.json").exists():
+            _agree(out, plan)
+            mine = range(part, len(plan.tasks), parts)
+            _run(out, plan, plan.tokenizer, mine, processes=processes, fast=fast)
+        if any(result_of(out, number) is None for number in range(len(plan.tasks))):
+            return None
+    with _locked(out, fcntl.LOCK_EX):
+        if (out / "manifest.json").exists():
+            return _already_built(out, plan)
+        return _commit(out, plan, plan.tokenizer)
+
+
+def _planned(inputs: Sequence[str], tokenizer: Path | None, recipe: Recipe, processes: int) -> _Plan:
+    _check(recipe, processes)
+    recipe.choice()
+    tasks = sources.cut(sources.find_files(inputs), column=recipe.column, tasks=recipe.tasks, largest=_LARGEST_TASK)
+    given = None if tokenizer is None else load_tokenizer(tokenizer, recipe.end_of_text)
+    return _Plan(recipe, tasks, given)
+
+
+def _run(out: Path, plan: _Plan, tokenizer: Tokenizer, numbers: Sequence[int], *, processes: int, fast: bool) -> None:
+    """Do those of some tasks that are not done; without the repeats that they need, only their hashes."""
+    tasks, recipe = plan.tasks, plan.recipe
+    job = Job(out, recipe, tokenizer.definition, tokenizer.end_of_text)
+    if fast:
+        job = dataclasses.replace(job, sample=_sample(tasks, recipe))
+        job.tokenizer()  # refused here, and not in every worker
+    if recipe.deduplicate and not _repeats_known(out, tasks):
+        waiting = [(number, tasks[number]) for number in numbers if not hashes_file(out, number).exists()]
+        _each(f"hashing for {out}", waiting, partial(hash_task, job), processes)
+        every = range(len(tasks))
+        if not all(hashes_file(out, number).exists() for number in every):
+            return
+        find_repeats([hashes_file(out, n) for n in every], [repeats_file(out, n) for n in every])
+    waiting = [(number, tasks[number]) for number in numbers if result_of(out, number) is None]
+    _check_space(out, job, [task for _, task in waiting])
+    _each(f"building {out}", waiting, partial(run_task, job), processes)
+
+
+def _repeats_known(out: Path, tasks: Sequence[object]) -> bool:
+    return all(repeats_file(out, number).exists() for number in range(len(tasks)))
+
+
+def _each(label: str, waiting: list[tuple[int, list[Slice]]], work: Work, processes: int) -> None:
+    with progress(label, sum(piece.text_bytes for _, task in waiting for piece in task)) as report:
+        run_tasks(waiting, work, processes=processes, report=report)
+
+
+def _sample(tasks: Sequence[Sequence[Slice]], recipe: Recipe) -> tuple[str, ...]:
+    """The first texts of slices all over the input: what a fast tokenizer must prove itself on."""
+    slices = list(chain.from_iterable(tasks))
+    choice, found = recipe.choice(), []
+    for piece in slices[:: max(1, len(slices) // _SAMPLE_SLICES)]:
+        left = _SAMPLE_BYTES
+        for document, taken in choice.read(piece):
+            found.append(document.text if taken else "")
+            left -= len(document.utf8)
+            if left <= 0:
+                break
+    return tuple(found)
 
 
 def _check(recipe: Recipe, processes: int) -> None:
@@ -85,47 +179,55 @@ class _Plan:
 
     def sources(self) -> bytes:
         """sources.json: a line a slice, in order."""
-        lines = [
-            canonical_json({"task": number, **dataclasses.asdict(piece)})
-            for number, task in enumerate(self.tasks)
-            for piece in task
-        ]
-        return b"[\n" + b",\n".join(lines) + b"\n]\n"
+        return _lines(
+            {"task": number, **dataclasses.asdict(piece)} for number, task in enumerate(self.tasks) for piece in task
+        )
 
     def identity(self) -> dict[str, Any]:
         files = sorted({piece.path for task in self.tasks for piece in task})
         stamps = [[path, Path(path).stat().st_size, Path(path).stat().st_mtime_ns] for path in files]
         return {
-            "recipe": dataclasses.asdict(self.recipe),
+            "recipe": self.recipe.options(),
             "sources": sha256_of(self.sources()),
             "stamps": sha256_of(canonical_json(stamps)),
             "tokenizer": "" if self.tokenizer is None else self.tokenizer.sha256(),
         }
 
 
+def _lines(values: Iterable[Any]) -> bytes:
+    """A JSON array, a line a value."""
+    return b"[\n" + b",\n".join(map(canonical_json, values)) + b"\n]\n"
+
+
 def _already_built(out: Path, plan: _Plan) -> Manifest:
     manifest = load_manifest(out)
     tokenizer = manifest.tokenizer_sha256 if plan.tokenizer is None else plan.tokenizer.sha256()
     same = (out / "sources.json").is_file() and (out / "sources.json").read_bytes() == plan.sources()
-    if not same or manifest.options != dataclasses.asdict(plan.recipe) or manifest.tokenizer_sha256 != tokenizer:
+    if not same or manifest.options != plan.recipe.options() or manifest.tokenizer_sha256 != tokenizer:
         raise UserError(f"{out} already holds a corpus, built from other input or options.", "Name another folder.")
     shutil.rmtree(out / PREPARATION, ignore_errors=True)
     return manifest
 
 
 @contextmanager
-def _only_builder(out: Path) -> Iterator[None]:
-    """Hold the folder, and leave no temporary file; the kernel lets go of it however this process ends."""
+def _locked(out: Path, operation: int) -> Iterator[None]:
+    """Hold the folder, alone or with others that do a part; the kernel lets go of it however this process ends.
+
+    Who holds it alone leaves no temporary file: of a build that was killed, or of workers that were ended.
+    """
     with (out / PREPARATION / "lock").open("w") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, operation)
         except OSError as error:
             raise UserError(f"another build is writing to {out}.", "Wait for it, or name another folder.") from error
+        alone = bool(operation & fcntl.LOCK_EX)
         try:
-            _remove_temporaries(out)  # of a build that was killed
+            if alone:
+                _remove_temporaries(out)
             yield
         finally:
-            _remove_temporaries(out)  # of workers that were ended
+            if alone:
+                _remove_temporaries(out)
 
 
 def _remove_temporaries(out: Path) -> None:
@@ -165,10 +267,11 @@ def _trained_tokenizer(out: Path, tasks: Sequence[Sequence[Slice]], recipe: Reci
 
 def _training_texts(slices: Sequence[Slice], share: float, recipe: Recipe, report: Report) -> Iterator[str]:
     """The first `share` of every slice, held-out documents left out."""
+    choice = recipe.choice()
     for piece in slices:
         left = share * piece.text_bytes
-        for document in sources.read(piece, recipe.column):
-            if not is_heldout(document.utf8, recipe.heldout):
+        for document, taken in choice.read(piece):
+            if taken and not is_heldout(document.utf8, recipe.heldout):
                 yield document.text
             left -= len(document.utf8)
             report(len(document.utf8))
@@ -179,10 +282,11 @@ def _training_texts(slices: Sequence[Slice], share: float, recipe: Recipe, repor
 def _check_space(out: Path, job: Job, tasks: Sequence[Sequence[Slice]]) -> None:
     """Foresee the shards' size from the first texts. Raises UserError, before a shard is begun, if it is too much."""
     read = tokens = 0
-    tokenizer = job.tokenizer()
+    tokenizer, choice = job.tokenizer(), job.recipe.choice()
     for piece in chain.from_iterable(tasks):
-        for document in sources.read(piece, job.recipe.column):
-            tokens += len(tokenizer.encode(document.text[:_SAMPLE_BYTES])) + 1
+        for document, taken in choice.read(piece):
+            count = len(tokenizer.encode(document.text[:_SAMPLE_BYTES])) if document.ids is None else len(document.ids)
+            tokens += count + 1 if taken else 0
             read += min(len(document.utf8), _SAMPLE_BYTES)
             if read >= _SAMPLE_BYTES:
                 break
@@ -196,11 +300,13 @@ def _check_space(out: Path, job: Job, tasks: Sequence[Sequence[Slice]]) -> None:
 def _commit(out: Path, plan: _Plan, tokenizer: Tokenizer) -> Manifest:
     """Write what makes the shards a corpus, the manifest last. Raises UserError if there was no text to train on."""
     results = [_finished(out, number) for number in range(len(plan.tasks))]
+    left_out = {fate: sum(result.left_out[fate] for result in results) for fate in ("filtered", "repeated")}
     counts = {split: sum((result.counts[split] for result in results), start=Counts()) for split in SPLITS}
     if not counts["train"].documents:
         raise UserError(
-            f"no document is left to train on: {counts['heldout'].documents:,} were held out, and "
-            f"{sum(result.empty_documents for result in results):,} were empty.",
+            f"no document is left to train on: {counts['heldout'].documents:,} were held out, "
+            f"{sum(result.empty_documents for result in results):,} were empty, and {sum(left_out.values()):,} were "
+            "filtered or repeated.",
             "Give more text, or a smaller --heldout.",
         )
     manifest = Manifest(
@@ -208,14 +314,16 @@ def _commit(out: Path, plan: _Plan, tokenizer: Tokenizer) -> Manifest:
         vocabulary=tokenizer.vocabulary,
         end_of_text=tokenizer.end_of_text,
         dtype=tokenizer.dtype().name,
-        options=dataclasses.asdict(plan.recipe),
+        options=plan.recipe.options(),
         source_files=len({piece.path for task in plan.tasks for piece in task}),
         empty_documents=sum(result.empty_documents for result in results),
+        left_out={fate: count for fate, count in left_out.items() if count},
         counts=counts,
         shards=tuple(entry for result in results for entry in result.shards),
     )
     write_whole(out / "tokenizer.json", tokenizer.definition.encode())
     write_whole(out / "sources.json", plan.sources())
+    write_whole(out / "statistics.json", _lines(tally for result in results for tally in result.slices))
     save_manifest(out, manifest)
     shutil.rmtree(out / PREPARATION)
     sync_folder(out)

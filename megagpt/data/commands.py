@@ -7,8 +7,9 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import tyro
 from tyro.conf import Positional
 
 from megagpt.data.workers import available_cores
@@ -43,6 +44,38 @@ class Build:
     """Parts of the input, each with shards of its own: at most so many processes are busy. Large input has more."""
     end_of_text: str = ""
     """The token that ends a document. Empty: <|endoftext|>, </s> or whichever usual one the tokenizer has."""
+    where: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """Take only documents with COLUMN=VALUE, or !=, <, <=, >, >=; may be given several times, and all must hold."""
+    filter: str = ""
+    """MODULE:FUNCTION or FILE.py:FUNCTION; takes a text, returns whether the corpus takes it."""
+    deduplicate: bool = False
+    """Take only the first of documents with exactly the same text."""
+    backend: Literal["tokenizers", "gigatoken"] = "tokenizers"
+    """What encodes: Hugging Face's tokenizers, or gigatoken if it gives the same ids for a sample of the input."""
+    task: str = ""
+    """I/N: do only every N-th task from number I on, as one of N processes of a SLURM array; needs --tokenizer."""
+    json: bool = False
+    """Print the summary as JSON."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Convert:
+    """Take over WebDataset tars of one document a sample (.npy ids, .txt, .json) as a corpus of blocks."""
+
+    tars: Positional[tuple[str, ...]]
+    """Local tar files, or globs in quotes."""
+    out: Path
+    """Folder of the corpus. A conversion that was stopped goes on there."""
+    tokenizer: Path
+    """The tokenizer of the ids, or for the texts: a tokenizer.json, or a folder with one."""
+    column: str = "text"
+    """Key of the text in .json members."""
+    heldout: float = 0.005
+    """Share of the documents kept out of training for evaluation, from 0 to below 1; chosen by their hash."""
+    deduplicate: bool = False
+    """Take only the first of documents that are exactly the same."""
+    processes: int = field(default_factory=available_cores)
+    """Processes that work, a core each; a tar is not divided."""
     json: bool = False
     """Print the summary as JSON."""
 
@@ -73,7 +106,8 @@ class Verify:
 
 def run_build(options: Build) -> None:
     """`megagpt data build`. Raises UserError for whatever is wrong with input, options or disk."""
-    from megagpt.data.build import build
+    from megagpt.data.build import build, build_part
+    from megagpt.data.choose import load_filter
     from megagpt.data.task import Recipe
 
     recipe = Recipe(
@@ -82,16 +116,65 @@ def run_build(options: Build) -> None:
         tasks=options.tasks,
         vocabulary=options.vocabulary,
         end_of_text=options.end_of_text,
+        where=options.where,
+        filter=options.filter,
+        filter_sha256=load_filter(options.filter)[1] if options.filter else "",
+        deduplicate=options.deduplicate,
     )
-    manifest = build(
-        options.inputs, options.out, tokenizer=options.tokenizer, recipe=recipe, processes=options.processes
-    )
+    tools: dict[str, Any] = {
+        "recipe": recipe,
+        "processes": options.processes,
+        "fast": options.backend == "gigatoken",
+    }
+    if options.task:
+        part, parts, tokenizer = _part(options)
+        found = build_part(options.inputs, options.out, part=part, parts=parts, tokenizer=tokenizer, **tools)
+        if found is None:
+            print(f"{options.out}: part {part} of {parts} has done what it can; other tasks are not done yet.")
+            return
+        manifest = found
+    else:
+        manifest = build(options.inputs, options.out, tokenizer=options.tokenizer, **tools)
     if options.json:
         print(json.dumps({"corpus": str(options.out), **_summary(manifest)}))
     else:
         _print(_rows(options.out, manifest))
     if not manifest.counts["heldout"].documents and options.heldout and not options.json:
         print("no document was held out: there is nothing to evaluate on. Give more text or a larger --heldout.")
+
+
+def run_convert(options: Convert) -> None:
+    """`megagpt data convert`. Raises UserError for whatever is wrong with tars, options or disk."""
+    from megagpt.data.sources import find_files
+
+    others = [path for path in find_files(options.tars) if not path.endswith(".tar")]
+    if others:
+        raise UserError(
+            f"{others[0]} is not a tar.", "Text, JSONL and Parquet become a corpus with 'megagpt data build'."
+        )
+    run_build(
+        Build(
+            inputs=options.tars,
+            out=options.out,
+            tokenizer=options.tokenizer,
+            column=options.column,
+            heldout=options.heldout,
+            deduplicate=options.deduplicate,
+            processes=options.processes,
+            json=options.json,
+        )
+    )
+
+
+def _part(options: Build) -> tuple[int, int, Path]:
+    number, slash, count = options.task.partition("/")
+    if not (slash and number.isdecimal() and count.isdecimal()):
+        raise UserError(f"--task {options.task} is not I/N, such as 0/64.")
+    if options.tokenizer is None:
+        raise UserError(
+            "--task needs --tokenizer: parts cannot each train one.", "Build a small corpus first, or give one."
+        )
+    return int(number), int(count), options.tokenizer
 
 
 def run_inspect(options: Inspect) -> None:
@@ -149,6 +232,7 @@ def _summary(manifest: Manifest) -> dict[str, Any]:
         "shard_bytes": sum(entry.tar_bytes + entry.index_bytes for entry in manifest.shards),
         "source_files": manifest.source_files,
         "empty_documents": manifest.empty_documents,
+        "left_out": manifest.left_out,
         "splits": {split: dataclasses.asdict(counts) for split, counts in manifest.counts.items()},
     }
 
@@ -165,6 +249,7 @@ def _rows(folder: Path | str, manifest: Manifest) -> list[tuple[str, ...]]:
         row("bytes a token", ".3f"),
         ("shards", *(f"{len(manifest.shards_of(split)):,}" for split in ("train", "heldout"))),
         ("vocabulary", f"{manifest.vocabulary:,}", ""),
+        *((f"{fate} documents", f"{count:,}", "") for fate, count in manifest.left_out.items()),
         ("fingerprint", manifest.fingerprint()[:12], ""),
     ]
 

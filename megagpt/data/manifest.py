@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +54,16 @@ class Manifest:
     options: dict[str, Any]
     source_files: int
     empty_documents: int
+    left_out: dict[str, int] = field(default_factory=dict)
     counts: dict[str, Counts]
     shards: tuple[ShardEntry, ...]
 
     def body(self) -> dict[str, Any]:
         """What the fingerprint covers."""
-        return {"format": FORMAT, **json.loads(canonical_json(dataclasses.asdict(self)))}
+        values = dataclasses.asdict(self)
+        if not self.left_out:
+            del values["left_out"]
+        return {"format": FORMAT, **json.loads(canonical_json(values))}
 
     def fingerprint(self) -> str:
         return sha256_of(canonical_json(self.body()))

@@ -51,6 +51,10 @@ class Sequences(Protocol):
         """Have it fetched, if it is remote; about how many bytes that takes."""
         ...
 
+    def pieces(self, sequence: int) -> list[tuple[int, int]]:
+        """(position in the split, length) of the runs of tokens that the row holds."""
+        ...
+
 
 class Chunks:
     """Packing `chunk`: documents end to end, cut at every multiple of T."""
@@ -72,6 +76,10 @@ class Chunks:
     def ask(self, sequence: int) -> int:
         start = sequence * self.context
         return self.split.ask(start, start + self.context + 1)
+
+    def pieces(self, sequence: int) -> list[tuple[int, int]]:
+        start = sequence * self.context
+        return [(start, min(self.context + 1, self.split.tokens - start))]
 
 
 class BestFit:
@@ -99,6 +107,10 @@ class BestFit:
         pieces = slice(self._row_first[sequence], self._row_first[sequence + 1])
         spans = zip(self._piece_start[pieces], self._piece_length[pieces], strict=True)
         return sum(self.split.ask(start, start + length) for start, length in spans)
+
+    def pieces(self, sequence: int) -> list[tuple[int, int]]:
+        pieces = slice(self._row_first[sequence], self._row_first[sequence + 1])
+        return list(zip(self._piece_start[pieces], self._piece_length[pieces], strict=True))
 
 
 def open_sequences(corpus: Corpus, split: str, *, context: int, packing: Packing) -> Sequences:

@@ -4,6 +4,7 @@
 |-------------------------------------------------------|---------------------------------------------|
 | .parquet                                              | one a row: a string column                  |
 | .jsonl .ndjson, .json.gz, .json.zst (and .json named) | one a line: a string under a key            |
+| .tar, where it is named                               | one a sample (members.py)                   |
 | .txt .md .rst .py, and any other file that is named   | the whole file                              |
 Each but Parquet also as .gz or .zst. A folder is walked in sorted order, hidden names left out, and yields the kinds
 above; globs and single files are taken whatever their name. The input is cut into slices that can be read
@@ -16,17 +17,19 @@ import glob
 import io
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple, cast
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from megagpt.data.members import read_members
 from megagpt.errors import UserError
 
-Kind = Literal["parquet", "jsonl", "text"]
+Kind = Literal["parquet", "jsonl", "text", "tar"]
 _COMPRESSED = (".gz", ".zst")
 _JSONL = (".jsonl", ".ndjson")
 _TEXT = (".txt", ".md", ".rst", ".py")
@@ -47,10 +50,16 @@ class Slice:
 
 
 class Document(NamedTuple):
-    """One text and its UTF-8 bytes."""
+    """One text, its UTF-8 bytes, its row or line in the file, from 0, and the further columns that were asked for.
+
+    Of a document that is ids already, `utf8` are their bytes as little-endian uint32: enough to tell it from others.
+    """
 
     text: str
     utf8: bytes
+    row: int
+    record: Mapping[str, Any]
+    ids: np.ndarray | None = None
 
 
 def find_files(inputs: Sequence[str]) -> list[str]:
@@ -120,7 +129,9 @@ def _slices(path: str, *, column: str, size: int) -> Iterator[Slice]:
         yield from _parquet_slices(path, column=column, size=size)
         return
     length = Path(path).stat().st_size
-    kind: Kind = "jsonl" if stem.endswith((*_JSONL, ".json")) else "text"
+    kind: Kind = "tar" if stem.endswith(".tar") else "jsonl" if stem.endswith((*_JSONL, ".json")) else "text"
+    if kind == "tar" and compressed:
+        raise UserError(f"{path} is a compressed tar.", "Decompress it first.")
     if kind == "jsonl" and not compressed:
         for start in range(0, length, size):
             stop = min(start + size, length)
@@ -161,14 +172,14 @@ def _open_parquet(path: str) -> pq.ParquetFile:
         raise UserError(f"{path} is not a Parquet file: {error}.") from error
 
 
-def read(piece: Slice, column: str) -> Iterator[Document]:
-    """The documents of a slice, in order; a missing text (null) is an empty one.
+def read(piece: Slice, column: str, further: Sequence[str] = ()) -> Iterator[Document]:
+    """The documents of a slice, in order; a missing text (null) is an empty one. `further` columns come along.
 
     Raises UserError, with file and line or row, for what is not UTF-8, not JSON, not a text, or cannot be read.
     """
-    readers = {"parquet": _read_parquet, "jsonl": _read_jsonl, "text": _read_text}
+    readers = {"parquet": _read_parquet, "jsonl": _read_jsonl, "text": _read_text, "tar": _read_tar}
     try:
-        yield from readers[piece.kind](piece, column)
+        yield from readers[piece.kind](piece, column, further)
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{piece.path} cannot be read: {error}.") from error
 
@@ -180,28 +191,42 @@ def texts(slices: Iterable[Slice], column: str) -> Iterator[str]:
             yield document.text
 
 
-def _read_parquet(piece: Slice, column: str) -> Iterator[Document]:
+def _read_parquet(piece: Slice, column: str, further: Sequence[str]) -> Iterator[Document]:
     with _open_parquet(piece.path) as file:
+        missing = [name for name in further if name not in file.schema_arrow.names]
+        if missing:
+            raise UserError(f"{piece.path} has no column '{missing[0]}', which --where names.")
         row = sum(file.metadata.row_group(group).num_rows for group in range(piece.start))
         groups = range(piece.start, piece.stop)
-        for batch in file.iter_batches(_PARQUET_ROWS, row_groups=groups, columns=[column], use_threads=False):
-            for scalar in batch.column(0):
+        for batch in file.iter_batches(
+            _PARQUET_ROWS, row_groups=groups, columns=[column, *further], use_threads=False
+        ):
+            records = batch.select(further).to_pylist() if further else [{}] * len(batch)
+            for scalar, record in zip(batch.column(column), records, strict=True):
                 try:
                     text = cast(str, scalar.as_py() or "")
                 except UnicodeDecodeError as error:
                     raise UserError(f"{piece.path}: row {row:,} is not UTF-8: {error.reason}.") from error
-                yield Document(text, text.encode())
+                yield Document(text, text.encode(), row, record)
                 row += 1
 
 
-def _read_text(piece: Slice, _column: str) -> Iterator[Document]:
+def _read_text(piece: Slice, _column: str, further: Sequence[str]) -> Iterator[Document]:
+    if further:
+        raise UserError(f"{piece.path} is a text file and has no column '{further[0]}', which --where names.")
     with _open_stream(piece.path) as file:
         content = file.read().removeprefix(b"\xef\xbb\xbf")
     try:
-        yield Document(content.decode(), content)
+        yield Document(content.decode(), content, 0, {})
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
         raise UserError(f"{piece.path}:{line} is not UTF-8: {error.reason}.") from error
+
+
+def _read_tar(piece: Slice, column: str, further: Sequence[str]) -> Iterator[Document]:
+    for member in read_members(piece.path, column, further):
+        content = member.text.encode() if member.ids is None else member.ids.astype("<u4").tobytes()
+        yield Document(member.text, content, member.number, member.record, member.ids)
 
 
 def _open_stream(path: str) -> BinaryIO:
@@ -212,8 +237,11 @@ def _open_stream(path: str) -> BinaryIO:
     return io.BufferedReader(cast(io.RawIOBase, pa.input_stream(path, compression=compression)))
 
 
-def _read_jsonl(piece: Slice, column: str) -> Iterator[Document]:
-    """Documents of the lines that begin inside the slice; a compressed file is one slice."""
+def _read_jsonl(piece: Slice, column: str, further: Sequence[str]) -> Iterator[Document]:
+    """Documents of the lines that begin inside the slice; a compressed file is one slice.
+
+    Their rows count from the slice's first line: `line_of` counts those before it.
+    """
     compressed = _uncompressed(piece.path)[1]
     with _open_stream(piece.path) as file:
         position = 0
@@ -224,7 +252,7 @@ def _read_jsonl(piece: Slice, column: str) -> Iterator[Document]:
             if position >= piece.stop and not compressed:
                 return
             try:
-                document = _parse(line, column)
+                document = _parse(line, column, further, number)
             except ValueError as error:
                 number = number if compressed else _lines_before(piece.path, position)
                 raise UserError(f"{piece.path}:{number + 1} {error}.") from error
@@ -233,7 +261,19 @@ def _read_jsonl(piece: Slice, column: str) -> Iterator[Document]:
             position += len(line)
 
 
-def _parse(line: bytes, column: str) -> Document | None:
+def line_of(piece: Slice, row: int) -> int:
+    """The line or row in the whole file, from 0, of a document's `row`."""
+    within = piece.kind == "jsonl" and piece.start > 0
+    return row + (_lines_before(piece.path, _first_line(piece)) if within else 0)
+
+
+def _first_line(piece: Slice) -> int:
+    with Path(piece.path).open("rb") as file:
+        file.seek(piece.start - 1)
+        return piece.start - 1 + len(file.readline())
+
+
+def _parse(line: bytes, column: str, further: Sequence[str], row: int) -> Document | None:
     """The text of one line, None if the line is blank. Raises ValueError, worded to follow the line's number."""
     try:
         record: Any = json.loads(line.decode("utf-8-sig")) if line.strip() else None
@@ -253,7 +293,7 @@ def _parse(line: bytes, column: str) -> Document | None:
     if not isinstance(text, str):
         raise ValueError(f"has a {type(text).__name__} under '{column}' where a text belongs")
     try:
-        return Document(text, text.encode())
+        return Document(text, text.encode(), row, {name: record.get(name) for name in further})
     except UnicodeEncodeError as error:
         raise ValueError(f"holds half of a surrogate pair under '{column}', which is no character") from error
 

@@ -1,0 +1,75 @@
+"""Documents of a tar in the webdataset world's way, one a sample: read with webdataset itself.
+
+A sample's `npy` member holds the ids of a document, a `txt` member its text, a `json` member an object with the text
+under the build's column; a sample with none of them (a picture, say) is passed over. Only local files are opened: a
+name such as `pipe:rm x` is the name of a file here, and never a command.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+from webdataset.handlers import reraise_exception
+from webdataset.tariterators import group_by_keys, tar_file_iterator
+
+from megagpt.errors import UserError
+
+
+class Member(NamedTuple):
+    """One sample's document: a text, or ids."""
+
+    text: str
+    ids: np.ndarray | None
+    number: int
+    record: Mapping[str, Any]
+
+
+def read_members(path: str, column: str, further: Sequence[str]) -> Iterator[Member]:
+    """The documents of a tar, in its order. Raises UserError, naming tar and sample, for what cannot be read."""
+    samples = _samples(path)
+    key = "its beginning"
+    number = 0
+    while True:
+        try:
+            sample = next(samples, None)
+            if sample is None:
+                return
+            key = sample["__key__"]
+            member = _member(sample, column, further, number)
+        except Exception as error:  # webdataset passes on whatever tar, file and member readers raise
+            raise UserError(f"{path} cannot be read at the sample '{key}': {error}.") from error
+        if member is not None:
+            yield member
+        number += 1
+
+
+def _samples(path: str) -> Iterator[dict[str, Any]]:
+    with Path(path).open("rb") as stream:
+        files = ({**file, "__url__": path} for file in tar_file_iterator(cast(Any, stream), handler=reraise_exception))
+        yield from group_by_keys(files, handler=reraise_exception)
+
+
+def _member(sample: Mapping[str, Any], column: str, further: Sequence[str], number: int) -> Member | None:
+    contents = {name.rpartition(".")[2]: content for name, content in sample.items() if not name.startswith("__")}
+    record = json.loads(contents["json"]) if "json" in contents else {}
+    found = {name: record.get(name) for name in further} if isinstance(record, dict) else {}
+    if "npy" in contents:
+        return Member("", _ids(np.load(io.BytesIO(contents["npy"]), allow_pickle=False)), number, found)
+    if "txt" in contents:
+        return Member(contents["txt"].decode(), None, number, found)
+    if "json" not in contents:
+        return None
+    if not isinstance(record, dict) or not isinstance(record.get(column), str):
+        raise ValueError(f"there is no text under '{column}'")
+    return Member(record[column], None, number, found)
+
+
+def _ids(array: np.ndarray) -> np.ndarray:
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise ValueError(f"an array of {array.dtype} {array.shape} is not the ids of one document")
+    return array
