@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
         return COMMANDS[name].run(rest)
     except UserError as error:
         print(f"megagpt: {error}", file=sys.stderr)
-        return 2
+        return error.exit_status
     except KeyboardInterrupt:
         print("megagpt: interrupted.", file=sys.stderr)
         return 130

@@ -94,13 +94,18 @@ def fault_in_files(manifest: Manifest, *, rank: int = 0, ranks: int = 1) -> str 
     return None
 
 
-def newest_valid(root: Path, *, rank: int = 0, ranks: int = 1) -> tuple[Manifest | None, list[str]]:
+def newest_valid(
+    root: Path, *, rank: int = 0, ranks: int = 1, before: int | None = None
+) -> tuple[Manifest | None, list[str]]:
     """The newest undamaged checkpoint under `root`, and what was wrong with the ones passed over. On every rank alike.
 
+    With `before`, of those of a step before that one.
     Raises UserError if there are checkpoints and none is usable: starting anew would silently lose the run.
     """
     faults: list[str] = []
     for commit in commits(root):
+        if before is not None and commit.step >= before:
+            continue
         try:
             manifest = read_manifest(commit)
             fault = fault_in_files(manifest, rank=rank, ranks=ranks)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ def run_train(options: Train, *, preset: str = "") -> int:
     """Train on the ranks of a launcher, or on local ones started here; then, there, write samples and the report."""
     from megagpt.parallel import ranks
 
+    began = time.time()
     run = checked(config.Run(**_fields(options)))
     if ranks.launched():
         check_world(run, ranks.world_size())
@@ -50,9 +52,9 @@ def run_train(options: Train, *, preset: str = "") -> int:
         show_plan(run, options.out)
         return 0
     if ranks.launched():
-        _fit(run, options.out)
+        _fit(run, options.out, began)
         return 0
-    status = ranks.run_local(lambda: _fit(run, options.out), run.parallel.world_size())
+    status = ranks.run_local(lambda: _fit(run, options.out, began), run.parallel.world_size())
     if status == 0:
         finish(run, options.out)
     return status
@@ -95,10 +97,10 @@ def _fields(tree: config.Run) -> dict[str, Any]:
     return {spec.name: getattr(tree, spec.name) for spec in dataclasses.fields(config.Run)}
 
 
-def _fit(run: config.Run, out: Path) -> None:
+def _fit(run: config.Run, out: Path, began: float) -> None:
     from megagpt.train import fit
 
-    fit(run, out)
+    fit(run, out, began=began)
 
 
 def prepare(run: config.Run, out: Path, *, write: bool) -> None:

@@ -82,20 +82,28 @@ def _fork(work: Callable[[], None], rank: int, ranks: int, folder: Path) -> int:
         work()
         status = 0
     except UserError as error:
-        status = 2
-        (folder / f"cause-{rank}").write_text(str(error), encoding="utf-8")
+        status = error.exit_status
+        leave_word(str(error))
     except SystemExit as stop:
         status = stop.code if isinstance(stop.code, int) else 1
     except KeyboardInterrupt:
         status = 130
     except BaseException as error:  # a forked rank must never return into its parent's code
         traceback.print_exc()
-        cause = f"rank {rank} died: {type(error).__name__}: {error}"
-        (folder / f"cause-{rank}").write_text(cause, encoding="utf-8")
+        leave_word(f"rank {rank} died: {type(error).__name__}: {error}")
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)  # no collective, no destructor and no handler of the parent may run here
+
+
+def leave_word(cause: str) -> None:
+    """Say why this rank is about to end: to the process that forked it, if one did, else on stderr."""
+    meeting = os.environ.get("MEGAGPT_MEETING")
+    if meeting:
+        Path(meeting).with_name(f"cause-{rank()}").write_text(cause, encoding="utf-8")
+    else:
+        print(f"megagpt: {cause}", file=sys.stderr)
 
 
 def _cause(folder: Path, rank: int, status: int) -> str:
@@ -208,6 +216,20 @@ def sum_over_ranks(values: list[float]) -> list[float]:
     sums = torch.tensor(values, dtype=torch.float64, device="cuda" if gpu_present() else "cpu")
     dist.all_reduce(sums)
     return sums.tolist()
+
+
+def values_of_ranks(value: float) -> list[float]:
+    """Every rank's value, by rank; without a process group, the value. Every rank must call it."""
+    import torch
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return [value]
+    device = "cuda" if gpu_present() else "cpu"
+    values = torch.zeros(dist.get_world_size(), dtype=torch.float64, device=device)
+    values[dist.get_rank()] = value
+    dist.all_reduce(values)  # each element has one rank's value, and zeros: exact
+    return values.tolist()
 
 
 def gpu_present() -> bool:

@@ -110,12 +110,17 @@ def counters(engine: Any) -> dict[str, Any]:
 
 def restore(engine: Any, placed: Sequence[Placed], saved: dict[str, Any]) -> None:
     """Set the counters, and make the weights that the model computes with from the masters."""
+    set_counters(engine, saved)
+    _weights_from_masters(engine, placed)
+
+
+def set_counters(engine: Any, saved: dict[str, Any]) -> None:
+    """What `counters` gave."""
     for values in adamw(engine).state.values():
         values["step"].fill_(saved["optimizer_steps"])
     for name, value in saved["loss_scaler"].items():
         if hasattr(_scaler(engine), name):
             setattr(_scaler(engine), name, value)
-    _weights_from_masters(engine, placed)
 
 
 def loss_scale(engine: Any) -> float:
@@ -241,6 +246,7 @@ def _gradient(engine: Any, placed: Placed) -> _Range | None:
 def _weights_from_masters(engine: Any, placed: Sequence[Placed]) -> None:
     optimizer, stage = engine.optimizer, cut_like(engine)
     if stage == 3:
+        optimizer._partition_all_parameters()  # else what is gathered of the weights before would stay
         for group in range(len(optimizer.fp16_groups)):
             optimizer._reassign_or_swap_out_partitioned_parameters(group)
         if optimizer.persistent_parameters:

@@ -10,6 +10,7 @@ from typing import Any
 
 from megagpt import config, ledger
 from megagpt.errors import UserError
+from megagpt.heal.goodput import Goodput, goodput
 from megagpt.report.metrics import read_records
 
 LAST_STEPS = 10
@@ -26,6 +27,7 @@ class RunFiles:
     events: list[dict[str, Any]]
     samples: list[dict[str, Any]]
     yardsticks: dict[str, float]
+    goodput: Goodput | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +51,8 @@ class Summary:
     data_wait: float | None
     """Share of these seconds spent waiting for data."""
     yardsticks: dict[str, float]
+    goodput: Goodput | None
+    """The wall time of all attempts, split; None of a run from before megagpt recorded it."""
 
 
 def read_run(out: Path) -> RunFiles:
@@ -65,6 +69,7 @@ def read_run(out: Path) -> RunFiles:
         events=read_records(out / "events.jsonl"),
         samples=_json(out / "samples.json", default=[]),
         yardsticks=_json(out / "yardsticks.json", default={}),
+        goodput=goodput(out),
     )
 
 
@@ -87,6 +92,7 @@ def summarise(out: Path, files: RunFiles) -> Summary:
         seconds=seconds,
         data_wait=sum(record["data_wait_seconds"] for record in steps) / seconds if seconds else None,
         yardsticks=files.yardsticks,
+        goodput=files.goodput,
     )
 
 
