@@ -224,6 +224,17 @@ class Checkpoint:
     """Steps between two checkpoints; 0: only at the end."""
     keep: int = 2
     """Newest checkpoints that stay; older ones are deleted after a newer one is complete."""
+    keep_every: int = 0
+    """Checkpoints at multiples of this many steps stay for ever; 0: none."""
+    keep_best: int = 0
+    """Checkpoints with the lowest loss on held-out text that stay as well; only steps with an evaluation count."""
+    asynchronous: bool = False
+    """Copy the state to host memory and write it while training goes on."""
+    mtbf_hours: float = 0.0
+    """Mean hours between failures of the job. Above 0, the first save is after `every` steps, and from then on the
+    interval is Young and Daly's for the save's measured cost."""
+    folder: str = ""
+    """Where checkpoints are kept, a path or s3://bucket/folder; empty: OUT/checkpoints."""
 
 
 @dataclass(frozen=True, kw_only=True)

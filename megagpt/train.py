@@ -71,10 +71,12 @@ def fit(run: Run, out: Path, *, began: float | None = None) -> None:
                 last = progress.step == total
                 if last or _due(progress.step, run.train.eval_every):
                     clock.enter("evaluation", progress.step)
-                    evaluate(run, engine, progress, corpora, journal)
-                if last or stopping or _due(progress.step, run.checkpoint.every):
+                    saver.evaluated(progress.step, evaluate(run, engine, progress, corpora, journal))
+                due = saver.due(progress.step, journal)
+                if last or stopping or due:
                     clock.enter("save", progress.step)
                     saver.save(progress, journal)
+            saver.finish(journal)
             watchdog.ending = "finished" if progress.step >= total else "stopped"
             journal.ended(progress.step, finished=progress.step >= total)
     if mesh.rank == 0 and (split := goodput(out)) is not None:
@@ -111,8 +113,9 @@ def step(run: Run, engine: Engine, progress: Progress, feed: Feed, journal: Jour
     return done
 
 
-def evaluate(run: Run, engine: Engine, progress: Progress, corpora: list[Corpus], journal: Journal) -> None:
-    """The loss on held-out documents of every corpus."""
+def evaluate(run: Run, engine: Engine, progress: Progress, corpora: list[Corpus], journal: Journal) -> float:
+    """Record the loss on held-out documents of every corpus; returns their mean."""
+    losses = []
     for corpus in corpora:
         result = evaluate_corpus(
             engine.eval_batch,
@@ -127,6 +130,8 @@ def evaluate(run: Run, engine: Engine, progress: Progress, corpora: list[Corpus]
             reads=engine.mesh.reads_data,
         )
         journal.evaluation(result, step=progress.step, tokens=progress.tokens(run.model.context))
+        losses.append(result.loss)
+    return sum(losses) / len(losses)
 
 
 class Feed:

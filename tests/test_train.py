@@ -13,6 +13,7 @@ import pytest
 
 from megagpt import config
 from megagpt.checkpoint import lineage
+from megagpt.checkpoint.folders import Folder, folder_at
 from megagpt.config import Checkpoint, Data, Model, Optim, Parallel, Run, Train
 from megagpt.parallel import ranks
 
@@ -117,7 +118,7 @@ def test_all_zero_stages_and_one_rank_train_alike(corpora, straight, tmp_path):
 def test_a_run_told_to_stop_saves_and_exits_well_and_continues_bit_for_bit(corpora, straight, tmp_path):
     run = run_of(corpora)
     assert fit(run, tmp_path, before=kill_at(4, rank=1, number=signal.SIGTERM)) == 0
-    newest = next(lineage.commits(tmp_path / "checkpoints"))
+    newest = next(lineage.commits(folder_at(tmp_path / "checkpoints")))
     assert newest.step in (4, 5)  # agreed at the end of the step in which the signal came
     assert records(tmp_path, "events")[-1]["event"] == "stopped"
     assert fit(run, tmp_path) == 0
@@ -128,18 +129,18 @@ def test_a_kill_while_saving_leaves_the_checkpoint_before(corpora, straight, tmp
     def plant() -> None:
         import megagpt.checkpoint.save as module
 
-        commit = module._commit
+        commit = module.commit
 
-        def dies(folder: Path, *arguments: Any) -> None:
-            if folder.name.endswith("6"):
+        def dies(folder: Folder, *arguments: Any) -> None:
+            if str(folder).endswith("6"):
                 os.kill(os.getpid(), signal.SIGKILL)
             commit(folder, *arguments)
 
-        module._commit = dies
+        module.commit = dies
 
     run = run_of(corpora)
     assert fit(run, tmp_path, before=plant) == 128 + signal.SIGKILL
-    assert next(lineage.commits(tmp_path / "checkpoints")).step == 3
+    assert next(lineage.commits(folder_at(tmp_path / "checkpoints"))).step == 3
     assert fit(run, tmp_path) == 0
     assert losses(tmp_path) == losses(straight[1])
 

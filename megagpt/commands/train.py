@@ -129,9 +129,10 @@ def prepare(run: config.Run, out: Path, *, write: bool) -> None:
 
 def _refuse_other_model(run: config.Run, out: Path) -> None:
     """Compare shapes with the folder's newest checkpoint, on torch's meta device."""
+    from megagpt.checkpoint.folders import checkpoints_of
     from megagpt.checkpoint.lineage import commits
 
-    newest = next(commits(out / "checkpoints"), None)
+    newest = next(commits(checkpoints_of(run.checkpoint, out)), None)
     if newest is None:
         return
     import torch

@@ -77,6 +77,7 @@ def _save_first(run: config.Run, weights: Iterable[tuple[str, Tensor]], out: Pat
 
     from megagpt.checkpoint import lineage
     from megagpt.checkpoint.boxes import Box
+    from megagpt.checkpoint.folders import folder_at
     from megagpt.checkpoint.save import save
     from megagpt.parallel.state import Slice
 
@@ -85,7 +86,7 @@ def _save_first(run: config.Run, weights: Iterable[tuple[str, Tensor]], out: Pat
         box = Box((0,) * value.dim(), shape)
         return Slice(name, shape, box, weight, torch.zeros_like(weight), torch.zeros_like(weight))
 
-    root = out / "checkpoints"
+    root = folder_at(out / "checkpoints")
     header = {"step": 0, "tokens": 0, "cursor": None, "counters": {"optimizer_steps": 0, "loss_scaler": {}}}
     folder = lineage.commit_folder(root, lineage.begin(root, None), 0)
     parts = [whole(name, value) for name, value in weights]

@@ -147,6 +147,10 @@ class Journal:
         if self._speak:
             self._console.warn(text)
 
+    def note(self, text: str) -> None:
+        if self._speak:
+            self._console.note(text)
+
     def sync(self) -> None:
         """Put every record on disk: to be called before the checkpoint that covers them."""
         if self._speak:
@@ -166,7 +170,7 @@ class Journal:
             self._records.close()
             self._open_records(step)
 
-    def saved(self, step: int, folder: Path, *, seconds: float) -> None:
+    def saved(self, step: int, folder: object, *, seconds: float) -> None:
         if self._speak:
             record_event(self._events, "checkpoint", step=step, folder=str(folder), seconds=round(seconds, 3))
             self._console.note(f"saved {folder} in {seconds:.1f} s")
