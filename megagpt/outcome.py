@@ -3,8 +3,8 @@
     <out>/attempts/0003/rank-00005.json     what rank 5 knows of its own end; the first rank alone tells of success
     <out>/attempts/0003/outcome.json        the verdict over all ranks, by whoever started them
 
-An attempt is one start of all ranks. Its ranks rarely die of one cause: the first falls, and its neighbours complain
-of a lost connection. `verdict` picks the first cause and not the loudest. Standard library only: the supervisor reads
+An attempt is one start of all ranks. Its ranks rarely die of one cause: the first falls, and its peers complain of a
+lost connection. `verdict` picks the first cause and not the loudest. Standard library only: the supervisor reads
 these files on a batch node that may have nothing but Python.
 """
 
@@ -96,20 +96,12 @@ class Outcome:
         return f"{self.result} ({self.cause.replace('_', ' ')}{', ' if place else ''}{place}){step}{said}"
 
 
-class Failure(Exception):
-    """Ends a rank with a cause of its own, where the exception's kind would not tell it."""
-
-    def __init__(self, cause: Cause, message: str, *, step: int | None = None) -> None:
-        self.cause: Cause = cause
-        self.step = step
-        super().__init__(message)
-
-
 def of_error(error: BaseException, *, rank: int) -> Outcome:
     """The outcome of a rank that an exception has ended."""
-    message = str(error) if isinstance(error, (UserError, Failure)) else f"{type(error).__name__}: {error}"
-    step = error.step if isinstance(error, Failure) else None
-    return ended("failed", _cause(error), message, rank=rank, step=step)
+    if not isinstance(error, UserError):
+        return ended("failed", _cause(error), f"rank {rank} died: {type(error).__name__}: {error}", rank=rank)
+    culprit = error.rank if isinstance(error, RunFailure) and error.rank is not None else rank
+    return ended("failed", _cause(error), str(error), rank=culprit)
 
 
 def ended(result: Result, cause: Cause, message: str = "", *, rank: int | None, step: int | None = None) -> Outcome:
@@ -133,7 +125,7 @@ def begin(out: Path) -> Path:
 
 
 def attempt_folder(out: Path) -> Path:
-    """A rank's attempt: as whoever started it says, else named after torchrun's round, else `launched`."""
+    """The attempt of this rank: as whoever started it says, else named after torchrun's round, else `launched`."""
     named = os.environ.get(ATTEMPT)
     if named:
         return Path(named)
@@ -143,9 +135,14 @@ def attempt_folder(out: Path) -> Path:
     return folder
 
 
+def rank_file(rank: int) -> str:
+    """The name of a rank's file."""
+    return f"rank-{rank:05d}.json"
+
+
 def write_rank(folder: Path, outcome: Outcome) -> None:
     """Leave a rank's word in the attempt's `folder`. A rank speaks once: what is there already, stays."""
-    path = folder / f"rank-{outcome.rank or 0:05d}.json"
+    path = folder / rank_file(outcome.rank or 0)
     if not path.exists():
         write(path, outcome)
 
@@ -186,7 +183,7 @@ def verdict(found: list[Outcome]) -> Outcome | None:
 
 
 def _cause(error: BaseException) -> Cause:
-    if isinstance(error, (Failure, RunFailure)):
+    if isinstance(error, RunFailure):
         return error.cause
     if any(isinstance(at, OSError) and at.errno in (errno.ENOSPC, errno.EDQUOT) for at in (error, error.__cause__)):
         return "disk_full"

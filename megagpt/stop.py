@@ -22,7 +22,7 @@ from megagpt.outcome import Cause
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 NAME = "stop"
 LOOK_SECONDS = 0.5
-_CAUSES: tuple[Cause, ...] = ("asked", "preempted", "time_limit")
+CAUSES: tuple[Cause, ...] = ("asked", "preempted", "time_limit")
 
 
 def ask(out: Path, cause: Cause = "asked") -> None:
@@ -42,7 +42,7 @@ def asked(out: Path) -> Cause | None:
     except ValueError:
         return "asked"
     cause = content.get("cause") if isinstance(content, dict) else None
-    return cause if cause in _CAUSES else "asked"
+    return cause if cause in CAUSES else "asked"
 
 
 def forget(out: Path) -> None:
@@ -75,6 +75,11 @@ class StopSignal:
             self._looked = time.monotonic()
             self._cause = asked(self._out) or self._cause
         return self._cause
+
+    def code(self) -> int:
+        """The cause as a number that ranks can compare: 0 for none, else its place in CAUSES, from 1."""
+        cause = self.cause()
+        return CAUSES.index(cause) + 1 if cause else 0
 
     def _ask(self, number: int, _frame: FrameType | None) -> None:
         self._cause = self._cause or "asked"

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
+from megagpt import outcome, stop
 from megagpt.checkpoint.saver import Progress, Saver
 from megagpt.config import Run, steps_of
 from megagpt.data.batch import Batch, document_lengths
@@ -35,7 +36,6 @@ from megagpt.parallel.engine import Engine, Step
 from megagpt.report.goodput import goodput_lines
 from megagpt.report.journal import Journal
 from megagpt.schedule import learning_rate
-from megagpt.stop import StopSignal
 
 
 def fit(run: Run, out: Path, *, began: float | None = None) -> None:
@@ -47,7 +47,7 @@ def fit(run: Run, out: Path, *, began: float | None = None) -> None:
     clock = Clock(time.time() if began is None else began)
     ranks.join(world=run.parallel.world_size())
     mesh = mesh_of(run.parallel, ranks.rank())
-    with watched(run, out, mesh, clock) as watchdog, StopSignal(out if mesh.rank == 0 else None) as stop:
+    with watched(run, out, mesh, clock) as watchdog, stop.StopSignal(out if mesh.rank == 0 else None) as wish:
         corpora = open_mixture(run.data.mixture, run.data)
         engine = Engine(run, mesh)
         if engine.device.type == "cuda":
@@ -58,7 +58,7 @@ def fit(run: Run, out: Path, *, began: float | None = None) -> None:
             journal.open(step=progress.step, tokens=progress.tokens(run.model.context))
             feed.start(progress)
             healer = Healer(run, saver, corpora, journal, clock, progress)
-            total, stopping = steps_of(run), False
+            total, stopping = steps_of(run), 0
             while progress.step < total and not stopping:
                 done = step(run, engine, progress, feed, journal, clock)
                 back = healer.examine(done, progress)
@@ -67,7 +67,7 @@ def fit(run: Run, out: Path, *, began: float | None = None) -> None:
                     feed.start(progress)
                     continue
                 healer.compare_ranks(engine, progress, feed.waited)
-                stopping = ranks.lowest_over_ranks(-int(stop.cause() is not None)) < 0
+                stopping = -ranks.lowest_over_ranks(-wish.code())
                 last = progress.step == total
                 if last or _due(progress.step, run.train.eval_every):
                     clock.enter("evaluation", progress.step)
@@ -79,8 +79,17 @@ def fit(run: Run, out: Path, *, began: float | None = None) -> None:
             saver.finish(journal)
             watchdog.ending = "finished" if progress.step >= total else "stopped"
             journal.ended(progress.step, finished=progress.step >= total)
+            if mesh.rank == 0:
+                _tell_outcome(out, "done" if progress.step >= total else stop.CAUSES[stopping - 1], progress.step)
     if mesh.rank == 0 and (split := goodput(out)) is not None:
         print("\n".join(goodput_lines(split)))
+
+
+def _tell_outcome(out: Path, cause: outcome.Cause, step: int) -> None:
+    """Leave word that the run is saved, and why it ended; the wish to stop, if there was one, is fulfilled."""
+    word = outcome.ended("finished" if cause == "done" else "stopped", cause, rank=0, step=step)
+    outcome.write_rank(outcome.attempt_folder(out), word)
+    stop.forget(out)
 
 
 def step(run: Run, engine: Engine, progress: Progress, feed: Feed, journal: Journal, clock: Clock) -> Step:

@@ -30,17 +30,18 @@ def train_defaults(preset: str) -> Train:
     """The options of `megagpt train PRESET` before any flag."""
     run = config.load(preset)
     path = Path(preset)
-    name = path.parent.name if path.name == "run.toml" else path.stem
+    name = path.parent.name if path.name == "run.toml" else path.name.removesuffix(".toml")
     return Train(**_fields(run), out=Path("runs") / (name or "run"))
 
 
 def run_train(options: Train, *, preset: str = "") -> int:
     """Train on the ranks of a launcher, or on local ones started here; then, there, write samples and the report."""
-    from megagpt.parallel import ranks
+    from megagpt.parallel import launcher, ranks
 
+    launcher.adopt_slurm()
     began = time.time()
     run = checked(config.Run(**_fields(options)))
-    if ranks.launched():
+    if launcher.launched():
         check_world(run, ranks.world_size())
     if ranks.rank() == 0:
         for cost in costs_of(run):
@@ -51,10 +52,9 @@ def run_train(options: Train, *, preset: str = "") -> int:
     if options.dry_run:
         show_plan(run, options.out)
         return 0
-    if ranks.launched():
-        _fit(run, options.out, began)
-        return 0
-    status = ranks.run_local(lambda: _fit(run, options.out, began), run.parallel.world_size())
+    if launcher.launched():
+        ranks.run_launched(lambda: _fit(run, options.out, began), options.out)
+    status = ranks.run_local(lambda: _fit(run, options.out, began), run.parallel.world_size(), options.out)
     if status == 0:
         finish(run, options.out)
     return status

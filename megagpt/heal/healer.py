@@ -38,8 +38,7 @@ def watched(run: Run, out: Path, mesh: Mesh, clock: Clock) -> Iterator[Watchdog]
 
     def tell(culprit: Beat, words: str, first: bool) -> None:
         step = clock.mark().step  # of the culprit only a beat is known, which may be a second old
-        _leave(folder, "hang", words, rank=culprit.rank, host=culprit.host, step=step)
-        ranks.leave_word(words)
+        ranks.leave_word(_word("hang", words, rank=culprit.rank, host=culprit.host, step=step), folder)
         if first:
             place = {"step": step, "rank": culprit.rank, "host": culprit.host}
             append_event(out, "hang", **place, cause=words, action="ended")
@@ -51,17 +50,17 @@ def watched(run: Run, out: Path, mesh: Mesh, clock: Clock) -> Iterator[Watchdog]
         step = clock.mark().step
         host = next((beat.host for beat in read_beats(folder) if beat.rank == failure.rank), "")
         if failure.rank is not None:
-            _leave(folder, failure.cause, str(failure), rank=failure.rank, host=host, step=step)
+            word = _word(failure.cause, str(failure), rank=failure.rank, host=host, step=step)
+            outcome.write_rank(folder, word)
         if mesh.rank == 0:
             place = {"step": step, "rank": failure.rank, "host": host}
             append_event(out, failure.cause, **place, cause=failure.rule, action="ended")
         raise
 
 
-def _leave(folder: Path, cause: Cause, message: str, *, rank: int, host: str, step: int) -> None:
+def _word(cause: Cause, message: str, *, rank: int, host: str, step: int) -> outcome.Outcome:
     """The word of the rank at fault, which may not be able to leave one; the first that knows of it writes it."""
-    word = outcome.ended("failed", cause, message, rank=rank, step=step)
-    outcome.write_rank(folder, dataclasses.replace(word, host=host))
+    return dataclasses.replace(outcome.ended("failed", cause, message, rank=rank, step=step), host=host)
 
 
 class Healer:

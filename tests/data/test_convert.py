@@ -71,7 +71,7 @@ def npy(array: np.ndarray) -> bytes:
     ("sample", "message"),
     [
         ({"npy": npy(np.array([5, 0, 6]))}, r"a\.tar: document 2 has the end of text inside it"),
-        ({"npy": npy(np.array([5, 999]))}, rr"a\.tar: document 2 has ids from 5 to 999; the tokenizer has 2\d\d"),
+        ({"npy": npy(np.array([5, 999]))}, r"a\.tar: document 2 has ids from 5 to 999; the tokenizer has 2\d\d"),
         (
             {"npy": npy(np.zeros((2, 2), np.int64))},
             r"at the sample '00001': an array of int64 \(2, 2\) is not the ids",
