@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tyro.conf import Positional
+
 import megagpt
 from megagpt import config
 from megagpt.checks import checked, costs_of
@@ -44,6 +46,56 @@ class LaunchRun(config.Run):
     """slurm: further jobs, each after the one before, where the cluster does not requeue."""
     cpu: bool = False
     """Ranks on CPUs: ask for no GPU."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchData:
+    """Tokenise raw texts as a SLURM job array, a task a part of the input; any of them may run again."""
+
+    inputs: Positional[tuple[str, ...]]
+    """As for megagpt data build: files, folders, or globs in quotes."""
+    out: Path
+    """Folder of the corpus, on a file system that all nodes see."""
+    tokenizer: Path
+    """A tokenizer.json, or a folder with one: parts cannot each train their own."""
+    tasks: int = 64
+    """Parts of the input, and of the array."""
+    column: str = "text"
+    """Parquet column or JSONL key that holds the text."""
+    cluster: str = ""
+    """Profile, as for launch slurm."""
+    dry_run: bool = False
+    """Print exactly what would be submitted, and submit nothing."""
+
+
+def run_launch_data(options: LaunchData) -> int:
+    """Show or submit the array. Raises UserError for what can be refused before."""
+    if options.tasks < 1:
+        raise UserError(f"tasks = {options.tasks} must be at least 1.")
+    cluster = load_cluster(options.cluster)
+    out = options.out.absolute()
+    build = ["data", "build", *options.inputs, "--out", str(out), "--tokenizer", str(options.tokenizer.absolute())]
+    build += ["--column", options.column, "--tasks", str(options.tasks)]
+    launch = Launch(
+        kind="slurm",
+        name=f"{out.name}-data",
+        out=str(out),
+        folder=str(Path.cwd()),
+        command=(interpreter(dataclasses.replace(cluster, container="none"), "slurm"), "-m", "megagpt.cli", *build),
+        nodes=1,
+        gpus_per_node=1,
+        devices=False,
+        cluster=dataclasses.replace(cluster, spares=0, container="none"),
+        source=str(Path(megagpt.__file__).absolute().parents[1]),
+    )
+    text, script = slurm.data_script(launch, tasks=options.tasks), launch.launch_folder() / "data.sh"
+    if options.dry_run:
+        print(text, end="")
+        return 0
+    submit.check_slurm(launch)
+    submit.write_files({script: text})
+    print(f"{out}: job {' '.join(submit.submit_slurm(script))}.")
+    return 0
 
 
 def launch_defaults(preset: str) -> LaunchRun:

@@ -58,7 +58,7 @@ def data_script(launch: Launch, *, tasks: int) -> str:
             f"#SBATCH --array=0-{tasks - 1}",
             *_preamble(launch),
             *(f"export {name}={shlex.quote(value)}" for name, value in launch.environment().items()),
-            f'exec {command} --task "$SLURM_ARRAY_TASK_ID"',
+            f'exec {command} --task "$SLURM_ARRAY_TASK_ID/{tasks}"',
             "",
         ]
     )

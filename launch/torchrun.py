@@ -33,7 +33,9 @@ def torchrun_script(launch: Launch, *, layout: str) -> str:
     several = [': "${MASTER_ADDR:?the address of node 0}" "${NODE_RANK:?0 on the first node, 1 on the next}"']
     command = elastic(launch, address="@ADDRESS@", node="@NODE@", restarts=launch.retries.inside)
     line = shlex.join(command).replace("@ADDRESS@", '"$MASTER_ADDR"').replace("@NODE@", '"$NODE_RANK"')
-    return _script(launch, layout, [*(several if launch.nodes > 1 else []), f"exec {line}"])
+    # The store that ranks meet in is otherwise the agent's, which keeps the dead ranks' addresses over a restart.
+    fresh = ["export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"]
+    return _script(launch, layout, [*(several if launch.nodes > 1 else []), *fresh, f"exec {line}"])
 
 
 def local_script(launch: Launch, *, layout: str) -> str:

@@ -197,6 +197,12 @@ def launch_as(kind: Kind) -> Callable[[list[str]], int]:
     return launch
 
 
+def launch_data(words: list[str]) -> int:
+    from megagpt.launch.commands import LaunchData, run_launch_data
+
+    return run_launch_data(_parse(LaunchData, "launch data", words))
+
+
 def launch_status(words: list[str]) -> int:
     from megagpt.launch.watch import Status, run_status
 
@@ -295,6 +301,11 @@ COMMANDS = {
     ),
     "launch local": Command(
         launch_as("local"), "this machine's GPUs, as a launch", "megagpt launch local gpt3-125m --gpus-per-node 8"
+    ),
+    "launch data": Command(
+        launch_data,
+        "tokenise on SLURM, as a job array",
+        "megagpt launch data 'web/*.parquet' --out corpora/web --tokenizer tokenizer.json --tasks 64",
     ),
     "launch status": Command(
         launch_status, "state, step, loss, speed, goodput, time left", "megagpt launch status runs/first"

@@ -153,7 +153,7 @@ def test_a_launch_that_cannot_be_is_refused_before_anything_is_written(words, me
 
 def test_a_dry_run_prints_the_script_alone_and_tells_what_changed(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    words: list[str] = "launch slurm gpt3-6.7b --nodes 16 --gpus-per-node 8 --dry-run".split()
+    words = shlex.split("launch slurm gpt3-6.7b --nodes 16 --gpus-per-node 8 --dry-run")
     assert cli.main(words) == 0
     script = capsys.readouterr().out
     assert script.splitlines()[1].endswith("128 ranks = data 16 x pipeline 1 x tensor 8, on 16 nodes.")

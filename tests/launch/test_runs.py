@@ -33,6 +33,16 @@ def losses(out: Path) -> list[tuple[int, float]]:
     return [(r["step"], r["loss"]) for r in map(json.loads, (out / "metrics.jsonl").read_text().splitlines())]
 
 
+def process_of_rank(rank: int, out: Path) -> int:
+    """The process of a rank of the run in `out`: torchrun puts each into a session of its own."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            environment = (process / "environ").read_bytes().split(b"\0")
+            if f"RANK={rank}".encode() in environment and str(out).encode() in (process / "cmdline").read_bytes():
+                return int(process.name)
+    raise AssertionError(f"rank {rank} was not found")
+
+
 @pytest.fixture
 def sshd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """An sshd on a loopback port, reached by an `ssh` that knows its key."""
@@ -127,14 +137,7 @@ def test_torchrun_starts_a_killed_rank_again_and_the_losses_go_on_bit_for_bit(co
     deadline = time.monotonic() + 120
     while not any((killed / "checkpoints").rglob("manifest.json")) and time.monotonic() < deadline:
         time.sleep(0.02)
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            environment = (process / "environ").read_bytes().split(b"\0")
-            if os.getsid(int(process.name)) == run.pid and b"RANK=1" in environment:
-                os.kill(int(process.name), signal.SIGKILL)
-                break
-    else:
-        pytest.fail("rank 1 was not found")
+    os.kill(process_of_rank(1, killed), signal.SIGKILL)
     assert run.wait(180) == 0
     assert losses(killed) == losses(straight)
     events = [json.loads(line)["event"] for line in (killed / "events.jsonl").read_text().splitlines()]

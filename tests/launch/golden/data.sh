@@ -25,4 +25,4 @@ export COMMAS=mlx5_0,mlx5_1
 export QUOTES='a '"'"'b'"'"' "c"'
 export LINES='one
 two	$HOME `id` \ é'
-exec megagpt data build 'a b' --task "$SLURM_ARRAY_TASK_ID"
+exec megagpt data build 'a b' --task "$SLURM_ARRAY_TASK_ID/64"

@@ -12,4 +12,5 @@ export QUOTES='a '"'"'b'"'"' "c"'
 export LINES='one
 two	$HOME `id` \ é'
 : "${MASTER_ADDR:?the address of node 0}" "${NODE_RANK:?0 on the first node, 1 on the next}"
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 exec /venv/bin/python -m torch.distributed.run --nnodes=2 --node-rank="$NODE_RANK" --master-addr="$MASTER_ADDR" --master-port=20000 --nproc-per-node=8 --max-restarts=8 -m megagpt.cli train /shared/run.toml --out /shared/runs/gpt3-6.7b
