@@ -116,6 +116,42 @@ def import_(words: list[str]) -> int:
     return run_import(_parse(Import, "import", words))
 
 
+def checkpoint_ls(words: list[str]) -> int:
+    from megagpt.commands.checkpoint import List, run_list
+
+    return run_list(_parse(List, "checkpoint ls", words))
+
+
+def checkpoint_show(words: list[str]) -> int:
+    from megagpt.commands.checkpoint import Show, run_show
+
+    return run_show(_parse(Show, "checkpoint show", words))
+
+
+def checkpoint_verify(words: list[str]) -> int:
+    from megagpt.commands.checkpoint import Verify, run_verify
+
+    return run_verify(_parse(Verify, "checkpoint verify", words))
+
+
+def checkpoint_diff(words: list[str]) -> int:
+    from megagpt.commands.checkpoint import Diff, run_diff
+
+    return run_diff(_parse(Diff, "checkpoint diff", words))
+
+
+def checkpoint_reshard(words: list[str]) -> int:
+    from megagpt.commands.checkpoint import Reshard, run_reshard
+
+    return run_reshard(_parse(Reshard, "checkpoint reshard", words))
+
+
+def checkpoint_average(words: list[str]) -> int:
+    from megagpt.commands.checkpoint import Average, run_average
+
+    return run_average(_parse(Average, "checkpoint average", words))
+
+
 def verify(words: list[str]) -> int:
     from megagpt.verify.commands import Verify, run_verify
 
@@ -280,6 +316,26 @@ COMMANDS = {
     "data replay": Command(data_replay, "a step's exact batch", "megagpt data replay runs/first --step 1200"),
     "export": Command(export, "write a Hugging Face folder", "megagpt export runs/first --to hf/first"),
     "import": Command(import_, "start a run from a Hugging Face folder", "megagpt import hf/gpt2 --out runs/gpt2"),
+    "checkpoint ls": Command(checkpoint_ls, "a run's checkpoints", "megagpt checkpoint ls runs/first"),
+    "checkpoint show": Command(checkpoint_show, "what one holds", "megagpt checkpoint show runs/first"),
+    "checkpoint verify": Command(
+        checkpoint_verify, "check every byte of them", "megagpt checkpoint verify runs/first"
+    ),
+    "checkpoint diff": Command(
+        checkpoint_diff,
+        "compare two, tensor by tensor, whatever their layouts",
+        "megagpt checkpoint diff runs/a runs/b",
+    ),
+    "checkpoint reshard": Command(
+        checkpoint_reshard,
+        "write one in another number of files",
+        "megagpt checkpoint reshard runs/first --to copies/first --files 64",
+    ),
+    "checkpoint average": Command(
+        checkpoint_average,
+        "a new run whose weights are the mean of several",
+        "megagpt checkpoint average runs/a runs/b --out runs/mean",
+    ),
     "verify": Command(verify, "prove that every layout computes the same", "megagpt verify gpt3-125m --world 8"),
     "launch slurm": Command(
         launch_as("slurm"),

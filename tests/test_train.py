@@ -145,6 +145,30 @@ def test_a_kill_while_saving_leaves_the_checkpoint_before(corpora, straight, tmp
     assert losses(tmp_path) == losses(straight[1])
 
 
+def test_a_run_that_saves_in_the_background_and_is_killed_while_it_does_continues_bit_for_bit(
+    corpora, straight, tmp_path
+):
+    def plant() -> None:
+        import megagpt.checkpoint.background as module
+
+        write = module.write_part
+
+        def dies(folder: Folder, *arguments: Any) -> None:
+            if str(folder).endswith("6") and ranks.rank() == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            write(folder, *arguments)
+
+        module.write_part = dies
+
+    run = run_of(corpora)
+    run = dataclasses.replace(run, checkpoint=dataclasses.replace(run.checkpoint, asynchronous=True))
+    assert fit(run, tmp_path, before=plant) == 128 + signal.SIGKILL
+    assert next(lineage.commits(folder_at(tmp_path / "checkpoints"))).step == 3
+    assert fit(run, tmp_path) == 0
+    assert losses(tmp_path) == losses(straight[1])
+    assert next(lineage.commits(folder_at(tmp_path / "checkpoints"))).step == records(tmp_path)[-1]["step"]
+
+
 def test_a_finished_run_started_again_does_nothing(corpora, straight, tmp_path):
     before = (straight[2] / "metrics.jsonl").read_bytes()
     assert fit(run_of(corpora, parallel=Parallel(data=2, zero_stage=2)), straight[2]) == 0

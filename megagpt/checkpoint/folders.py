@@ -46,8 +46,8 @@ class Folder(ABC):
         """Bytes of the file `name`, or None if there is no such file."""
 
     @abstractmethod
-    def read(self, name: str, *, start: int = 0, stop: int | None = None) -> memoryview:
-        """The bytes [start, stop) of a file. Raises OSError if there are fewer."""
+    def read_into(self, name: str, start: int, buffer: memoryview) -> None:
+        """Fill `buffer` with the bytes of a file from `start` on. Raises OSError if there are fewer."""
 
     @abstractmethod
     def delete_file(self, name: str) -> None:
@@ -62,10 +62,22 @@ class Folder(ABC):
         """Raise UserError unless `needed` more bytes fit."""
 
     def chunks(self, name: str) -> Iterator[memoryview]:
-        """The file's content, a part at a time."""
+        """The file's content, a part at a time; a part is valid until the one after the next is asked for."""
         size = self.size(name) or 0
-        for start in range(0, size, CHUNK):
-            yield self.read(name, start=start, stop=min(size, start + CHUNK))
+        buffers = [_uninitialised(min(size, CHUNK)) for _ in range(2)]  # new memory costs a copy
+        for number, start in enumerate(range(0, size, CHUNK)):
+            part = buffers[number % 2][: size - start]
+            self.read_into(name, start, part)
+            yield part
+
+    def read(self, name: str) -> bytes:
+        """The whole content of a small file. Raises OSError if there is none."""
+        size = self.size(name)
+        if size is None:
+            raise FileNotFoundError(f"{self}/{name} is missing")
+        buffer = bytearray(size)
+        self.read_into(name, 0, memoryview(buffer))
+        return bytes(buffer)
 
     def exists(self, name: str) -> bool:
         return self.size(name) is not None
@@ -136,18 +148,15 @@ class _LocalFolder(Folder):
         path = self._path / name
         return path.stat().st_size if path.is_file() else None
 
-    def read(self, name: str, *, start: int = 0, stop: int | None = None) -> memoryview:
+    def read_into(self, name: str, start: int, buffer: memoryview) -> None:
         descriptor = os.open(self._path / name, os.O_RDONLY)
         try:
-            stop = os.fstat(descriptor).st_size if stop is None else stop
-            buffer = _uninitialised(stop - start)
             done = 0
             while done < len(buffer):
                 count = os.preadv(descriptor, [buffer[done:]], start + done)
                 if not count:
                     raise OSError(f"{self._path / name} ends {len(buffer) - done:,} bytes too early")
                 done += count
-            return buffer
         finally:
             os.close(descriptor)
 
@@ -221,12 +230,14 @@ class _ObjectFolder(Folder):
                 return None
             return int(found["size"]) if found["type"] == "file" else None
 
-    def read(self, name: str, *, start: int = 0, stop: int | None = None) -> memoryview:
+    def read_into(self, name: str, start: int, buffer: memoryview) -> None:
+        if not len(buffer):
+            return
         with _as_os_errors():
-            found = self._system.cat_file(f"{self._path}/{name}", start=start, end=stop)
-        if stop is not None and len(found) != stop - start:
-            raise OSError(f"{self}/{name} ends too early")
-        return memoryview(bytearray(found))
+            found = self._system.cat_file(f"{self._path}/{name}", start=start, end=start + len(buffer))
+        if len(found) != len(buffer):
+            raise OSError(f"{self}/{name} ends {len(buffer) - len(found):,} bytes too early")
+        buffer[:] = found
 
     def delete_file(self, name: str) -> None:
         with _as_os_errors(), contextlib.suppress(FileNotFoundError):

@@ -64,7 +64,7 @@ def history(root: Folder) -> Iterator[Commit | Unusable]:
             else:
                 yield Unusable(f"{place}/{MANIFEST} is missing: its save was interrupted, or the file is lost")
         try:
-            parent = unsealed(bytes(folder.read(START)))["parent"]
+            parent = unsealed(folder.read(START))["parent"]
             generation, limit = (parent["generation"], parent["step"]) if parent else (0, None)
         except (OSError, ValueError, KeyError, TypeError) as error:
             if steps or folder.exists(START):  # else the attempt never began

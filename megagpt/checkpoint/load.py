@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +21,7 @@ from megagpt.checkpoint.boxes import Box
 from megagpt.checkpoint.folders import Folder, unsealed
 from megagpt.checkpoint.lineage import MANIFEST, Commit, Unusable, history
 from megagpt.checkpoint.save import FORMAT_VERSION, KINDS
-from megagpt.checkpoint.tensors import Hashes, TensorFile, hashed
+from megagpt.checkpoint.tensors import Hash, TensorFile, hashed
 from megagpt.errors import UserError
 from megagpt.parallel.ranks import lowest_over_ranks
 from megagpt.parallel.state import Slice
@@ -54,7 +54,7 @@ def read_manifest(commit: Commit) -> Manifest:
     """The manifest of `commit`. Raises UserError if it is unreadable, newer than this program, or has holes."""
     path = f"{commit.folder}/{MANIFEST}"
     try:
-        data = bytes(commit.folder.read(MANIFEST))
+        data = commit.folder.read(MANIFEST)
         version = _version(data)
         content = unsealed(data) if version == FORMAT_VERSION else {}
         shapes, stored = _tensors(content) if version == FORMAT_VERSION else ({}, {})
@@ -94,32 +94,28 @@ def _tensors(content: dict[str, Any]) -> tuple[dict[str, tuple[int, ...]], dict[
     return shapes, stored
 
 
-def fault_in_files(manifest: Manifest, *, rank: int = 0, ranks: int = 1, strong: bool = False) -> str | None:
-    """The first damaged file among this rank's share of the files, in words, or None.
-
-    `strong` checks the SHA-256 too, which also finds what somebody changed on purpose.
-    """
+def fault_in_files(manifest: Manifest, *, rank: int = 0, ranks: int = 1) -> str | None:
+    """The first damaged file among this rank's share of the files, in words, or None."""
     files = manifest.header["files"][rank::ranks]
     with ThreadPoolExecutor(_THREADS) as pool:
-        faults = pool.map(lambda part: _fault_in_file(manifest.commit.folder, part, strong), files)
+        faults = pool.map(lambda part: _fault_in_file(manifest.commit.folder, part), files)
         return next((fault for fault in faults if fault), None)
 
 
-def _fault_in_file(folder: Folder, part: dict[str, Any], strong: bool) -> str | None:
-    path, hashes = f"{folder}/{part['file']}", Hashes(forgeable=not strong)
+def _fault_in_file(folder: Folder, part: dict[str, Any]) -> str | None:
+    path, digest = f"{folder}/{part['file']}", Hash()
     try:
         size = folder.size(part["file"])
         if size is None:
             return f"{path} is missing"
         if size != part["bytes"]:
             return f"{path} has {size:,} bytes instead of {part['bytes']:,}"
-        for _ in hashed(folder.chunks(part["file"]), hashes):
+        for _ in hashed(folder.chunks(part["file"]), digest):
             pass
     except OSError as error:
         return f"{path} cannot be read: {error}"
-    for name, value in hashes.to_dict().items():
-        if part.get(name) != value:
-            return f"{path} has changed since it was written ({name})"
+    if digest.hexdigest() != part["xxh3_128"]:
+        return f"{path} has changed since it was written (xxh3_128)"
     return None
 
 
@@ -192,12 +188,21 @@ def weights(manifest: Manifest) -> Iterator[tuple[str, Tensor]]:
 
 def whole_tensors(manifest: Manifest, *, kinds: Sequence[str] = KINDS) -> Iterator[tuple[str, str, Tensor]]:
     """(kind, global name, fp32 value) of each whole tensor, one at a time, on the CPU."""
+    read = reader_of(manifest)
+    return ((kind, name, read(kind, name)) for name in manifest.shapes for kind in kinds)
+
+
+def reader_of(manifest: Manifest) -> Callable[[str, str], Tensor]:
+    """A function from (kind, global name) to the whole fp32 tensor."""
     readers = _Readers(manifest.commit.folder)
-    for name, shape in manifest.shapes.items():
-        for kind in kinds:
-            whole = torch.empty(shape, dtype=torch.float32)
-            _fill(whole, Box((0,) * len(shape), shape), kind, manifest.stored[name], readers)
-            yield kind, name, whole
+
+    def read(kind: str, name: str) -> Tensor:
+        shape = manifest.shapes[name]
+        whole = torch.empty(shape, dtype=torch.float32)
+        _fill(whole, Box((0,) * len(shape), shape), kind, manifest.stored[name], readers)
+        return whole
+
+    return read
 
 
 class _Readers:
@@ -220,7 +225,7 @@ def _fill(target: Tensor, box: Box, kind: str, stored: Sequence[Stored], readers
         common = boxes.overlap(box, item.box)
         if common is None:
             continue
-        source = readers[item.file].read(item.keys[kind], common.inside(item.box))
-        target[common.inside(box).slices()].copy_(source)
+        place = target[common.inside(box).slices()]
+        readers[item.file].fill(place, item.keys[kind], common.inside(item.box))
         filled += common.elements()
     assert filled == box.elements(), "the manifest's boxes tile the tensor, so they tile every part of it"

@@ -1,7 +1,7 @@
 """Write a checkpoint: every rank its own part, then one manifest, which is the commit.
 
     step-000000060/rank-00000.safetensors    the boxes of weight, exp_avg and exp_avg_sq that rank 0 owns, in fp32
-    step-000000060/rank-00000.json           which boxes those are, and the file's size and hashes
+    step-000000060/rank-00000.json           which boxes those are, and the file's size and hash
     step-000000060/manifest.json             all of these together with the run's state; written last
 
 Each file appears whole or not at all (`folders`). When all ranks have written theirs, rank 0 proves that boxes tile
@@ -18,7 +18,7 @@ from typing import Any
 from megagpt.checkpoint import boxes
 from megagpt.checkpoint.folders import Folder, sealed
 from megagpt.checkpoint.lineage import MANIFEST
-from megagpt.checkpoint.tensors import Hashes, file_chunks, hashed
+from megagpt.checkpoint.tensors import Hash, file_chunks, hashed
 from megagpt.errors import UserError
 from megagpt.parallel.ranks import lowest_over_ranks
 from megagpt.parallel.state import Slice
@@ -68,15 +68,15 @@ def write_part(folder: Folder, owned: Sequence[Slice], rank: int) -> None:
         index.append(
             {"tensor": part.name, "shape": part.shape, "start": part.box.start, "size": part.box.size, "keys": keys}
         )
-    name, hashes = f"rank-{rank:05d}.safetensors", Hashes()
-    folder.write(name, hashed(file_chunks(tensors), hashes))
-    description = {"file": name, "bytes": folder.size(name), **hashes.to_dict(), "boxes": index}
+    name, digest = f"rank-{rank:05d}.safetensors", Hash()
+    folder.write(name, hashed(file_chunks(tensors), digest))
+    description = {"file": name, "bytes": folder.size(name), "xxh3_128": digest.hexdigest(), "boxes": index}
     folder.write(_description(rank), [json.dumps(description).encode()])
 
 
 def commit(folder: Folder, header: dict[str, Any], ranks: int) -> None:
     """Prove that the parts of all ranks are the whole state, and write the manifest. One rank does it."""
-    parts = [json.loads(bytes(folder.read(_description(rank)))) for rank in range(ranks)]
+    parts = [json.loads(folder.read(_description(rank))) for rank in range(ranks)]
     shapes: dict[str, tuple[int, ...]] = {}
     stored: dict[str, list[boxes.Box]] = defaultdict(list)
     for part in parts:

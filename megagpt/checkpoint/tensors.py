@@ -7,7 +7,6 @@ Python's lock go: the slower of the two sets the pace, and neither adds to the o
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,34 +21,20 @@ from megagpt.checkpoint.boxes import Box
 from megagpt.checkpoint.folders import CHUNK, Folder
 
 _ITEM = 4  # bytes of an fp32 number
-_LONGEST_HEADER = 1 << 30
 
 
-class Hashes:
-    """Of a stream of bytes: xxh3_128, which a load checks, and SHA-256, which nobody can forge."""
-
-    def __init__(self, *, forgeable: bool = False) -> None:
-        self._fast = xxhash.xxh3_128()
-        self._strong = None if forgeable else hashlib.sha256()
-
-    def update(self, chunk: bytes | memoryview) -> None:
-        self._fast.update(chunk)
-        if self._strong is not None:
-            self._strong.update(chunk)
-
-    def to_dict(self) -> dict[str, str]:
-        found = {"xxh3_128": self._fast.hexdigest()}
-        return found if self._strong is None else {**found, "sha256": self._strong.hexdigest()}
+Hash = xxhash.xxh3_128
+"""The hash of files: about as fast as memory is copied."""
 
 
-def hashed(chunks: Iterable[bytes | memoryview], hashes: Hashes) -> Iterator[bytes | memoryview]:
+def hashed(chunks: Iterable[bytes | memoryview], digest: Hash) -> Iterator[bytes | memoryview]:
     """`chunks` as they are; each is hashed while the next one is made and the consumer uses this one."""
     with ThreadPoolExecutor(1, thread_name_prefix="hash") as pool:
         pending: Future[None] | None = None
         for chunk in chunks:
             if pending is not None:
                 pending.result()
-            pending = pool.submit(hashes.update, chunk)
+            pending = pool.submit(digest.update, chunk)
             yield chunk
         if pending is not None:
             pending.result()
@@ -77,25 +62,30 @@ class TensorFile:
 
     def __init__(self, folder: Folder, name: str) -> None:
         self._folder, self._name = folder, name
-        length = int.from_bytes(folder.read(name, start=0, stop=8), "little")
-        if length > _LONGEST_HEADER:
-            raise ValueError(f"{folder}/{name} has a header of {length:,} bytes")
-        self._header: dict[str, Any] = json.loads(bytes(folder.read(name, start=8, stop=8 + length)))
+        length = int.from_bytes(self._bytes(0, 8), "little")
+        if length > (folder.size(name) or 0):
+            raise ValueError(f"{folder}/{name} says that its header has {length:,} bytes")
+        self._header: dict[str, Any] = json.loads(bytes(self._bytes(8, length)))
         self._data = 8 + length
 
-    def read(self, key: str, box: Box) -> Tensor:
-        """A box of the tensor `key`: the whole rows that it touches are read, and nothing else."""
+    def fill(self, target: Tensor, key: str, box: Box) -> None:
+        """Copy a box of the tensor `key` into `target`, which has its size: whole rows are read, and no others."""
         entry = self._header[key]
         shape, (start, stop) = entry["shape"], entry["data_offsets"]
         if entry["dtype"] != "F32" or stop - start != math.prod(shape) * _ITEM:
             raise ValueError(f"{self._folder}/{self._name}: {key} is not fp32 of the shape {shape}")
-        if not shape:
-            return self._floats(start, stop).view(())
         row = math.prod(shape[1:]) * _ITEM
-        first, rows = box.start[0], box.size[0]
-        part = self._floats(start + first * row, start + (first + rows) * row).view(rows, *shape[1:])
-        return part[(slice(None), *box.slices()[1:])]
+        first, rows = (box.start[0], box.size[0]) if shape else (0, 1)
+        begin = self._data + start + first * row
+        plain = target.device.type == "cpu" and target.dtype == torch.float32 and target.is_contiguous()
+        if plain and list(box.size[1:]) == list(shape[1:]):  # straight to its place
+            self._folder.read_into(self._name, begin, target.detach().view(-1).numpy().data.cast("B"))
+            return
+        found = torch.frombuffer(self._bytes(begin, rows * row), dtype=torch.float32)
+        part = found.view(rows, *shape[1:])[(slice(None), *box.slices()[1:])] if shape else found.view(())
+        target.copy_(part)
 
-    def _floats(self, start: int, stop: int) -> Tensor:
-        data = self._folder.read(self._name, start=self._data + start, stop=self._data + stop)
-        return torch.frombuffer(data, dtype=torch.float32) if len(data) else torch.empty(0)
+    def _bytes(self, start: int, count: int) -> bytearray:
+        buffer = bytearray(count)
+        self._folder.read_into(self._name, start, memoryview(buffer))
+        return buffer

@@ -43,6 +43,11 @@ class Slice:
     exp_avg_sq: Tensor
 
 
+def empty_slice(name: str, shape: tuple[int, ...], box: Box) -> Slice:
+    """A box of a parameter on the CPU, to be filled."""
+    return Slice(name, shape, box, *(torch.empty(box.size, dtype=torch.float32) for _ in range(3)))
+
+
 @dataclass(frozen=True)
 class _Range:
     """Local elements [start, start + n) of a parameter, and tensors [n] that belong to them."""
