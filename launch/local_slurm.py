@@ -125,7 +125,7 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def cluster(shape: Shape = Shape()) -> Iterator[Cluster]:  # noqa: B008 - frozen
+def cluster(shape: Shape = Shape()) -> Iterator[Cluster]:
     """Bring a cluster up, and take it down whatever happens. Raises RuntimeError if it does not come up."""
     folder = Path(tempfile.mkdtemp(prefix="megagpt-slurm-"))
     command = [sys.executable, str(Path(__file__).resolve()), str(folder), json.dumps(shape.__dict__)]

@@ -81,7 +81,7 @@ def fit(run: Run, out: Path, *, began: float | None = None) -> None:
             journal.ended(progress.step, finished=progress.step >= total)
             if mesh.rank == 0:
                 _tell_outcome(out, "done" if progress.step >= total else stop.CAUSES[stopping - 1], progress.step)
-    if mesh.rank == 0 and (split := goodput(out)) is not None:
+    if mesh.rank == 0 and (split := goodput(out, mtbf_hours=run.checkpoint.mtbf_hours)) is not None:
         print("\n".join(goodput_lines(split)))
 
 
@@ -123,7 +123,7 @@ def step(run: Run, engine: Engine, progress: Progress, feed: Feed, journal: Jour
 
 
 def evaluate(run: Run, engine: Engine, progress: Progress, corpora: list[Corpus], journal: Journal) -> float:
-    """Record the loss on held-out documents of every corpus; returns their mean."""
+    """The loss on held-out documents of every corpus; returns their mean."""
     losses = []
     for corpus in corpora:
         result = evaluate_corpus(

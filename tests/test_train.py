@@ -44,7 +44,7 @@ def fit(run: Run, out: Path, *, before: Any = None) -> int:
         fit_rank(run, out)
 
     out.mkdir(exist_ok=True)
-    return ranks.run_local(work, run.parallel.world_size())
+    return ranks.run_local(work, run.parallel.world_size(), out)
 
 
 def records(out: Path, name: str = "metrics") -> list[dict[str, Any]]:

@@ -22,6 +22,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megagpt.checkpoint.interval import best_interval
 from megagpt.heal.attempts import Beat, first_rank_beats
 
 KINDS = ("steps", "repeated", "data", "save", "evaluation", "start", "compile", "hang", "lost")
@@ -39,11 +40,11 @@ class Prediction:
     restart: float
     failures: int
     mtbf: float | None
-    """Seconds between failures; None if there was none."""
+    """Seconds between failures: as seen, else as set; None if it is neither."""
     share: float
     """Of the time, in steps that count."""
     young_interval: float | None
-    """The best interval of saves, in seconds; None without failures."""
+    """The best interval of saves, in seconds; None without an mtbf."""
     daly_interval: float | None
 
 
@@ -66,8 +67,11 @@ class Goodput:
         return self.seconds["steps"] / self.wall if self.wall else 0.0
 
 
-def goodput(out: Path) -> Goodput | None:
-    """Of the run in `out`, as far as it has come; None if no attempt left a trace."""
+def goodput(out: Path, *, mtbf_hours: float) -> Goodput | None:
+    """Of the run in `out`, as far as it has come; None if no attempt left a trace.
+
+    `mtbf_hours` is checkpoint.mtbf_hours, which stands for the time between failures where none was seen; 0: unknown.
+    """
     beats = first_rank_beats(out)
     if not beats:
         return None
@@ -84,7 +88,7 @@ def goodput(out: Path) -> Goodput | None:
         seconds=seconds,
         attempts=len(beats),
         comparable=(seconds["steps"] + seconds["data"]) / (wall - apart) if wall > apart else 0.0,
-        predicted=_prediction(beats, seconds, wall),
+        predicted=_prediction(beats, seconds, wall, mtbf_hours * 3600),
     )
 
 
@@ -103,36 +107,33 @@ def _attempt(beat: Beat) -> dict[str, float]:
     return found
 
 
-def _prediction(beats: Sequence[Beat], seconds: Mapping[str, float], wall: float) -> Prediction | None:
+def _prediction(
+    beats: Sequence[Beat], seconds: Mapping[str, float], wall: float, mtbf_seconds: float
+) -> Prediction | None:
     saves = sum(beat.saves for beat in beats)
     if saves < 2 or not seconds["steps"]:
         return None
     interval = (seconds["steps"] + seconds["repeated"] + seconds["data"]) / saves
     save = seconds["save"] / saves
     failures = sum(beat.ended not in ("finished", "stopped") for beat in beats[:-1])
-    if not failures:
-        return Prediction(
-            interval=interval,
-            save=save,
-            restart=0.0,
-            failures=0,
-            mtbf=None,
-            share=interval / (interval + save),
-            young_interval=None,
-            daly_interval=None,
-        )
-    first = beats[0].seconds.get("start", 0.0)
-    restart = (seconds["lost"] + seconds["hang"] + seconds["start"] + seconds["compile"] - first) / failures
-    mtbf = wall / failures
+    restart = seconds["start"] + seconds["compile"]
+    if failures:
+        first = beats[0].seconds.get("start", 0.0)
+        restart = (restart - first + seconds["lost"] + seconds["hang"]) / failures
+    mtbf = wall / failures if failures else mtbf_seconds
+    if mtbf:
+        share = expected_share(interval=interval, save=save, restart=restart, mtbf=mtbf)
+    else:
+        share = interval / (interval + save)
     return Prediction(
         interval=interval,
         save=save,
         restart=restart,
         failures=failures,
-        mtbf=mtbf,
-        share=expected_share(interval=interval, save=save, restart=restart, mtbf=mtbf),
-        young_interval=young(save, mtbf),
-        daly_interval=daly(save, mtbf),
+        mtbf=mtbf or None,
+        share=share,
+        young_interval=young(save, mtbf) if mtbf else None,
+        daly_interval=best_interval(save_seconds=save, mtbf_seconds=mtbf) if mtbf else None,
     )
 
 
@@ -146,11 +147,3 @@ def expected_share(*, interval: float, save: float, restart: float, mtbf: float)
 def young(save: float, mtbf: float) -> float:
     """Young's best interval of saves, in seconds."""
     return math.sqrt(2 * save * mtbf)
-
-
-def daly(save: float, mtbf: float) -> float:
-    """Daly's best interval of saves, in seconds."""
-    if save >= 2 * mtbf:
-        return mtbf
-    half = save / (2 * mtbf)
-    return math.sqrt(2 * save * mtbf) * (1 + math.sqrt(half) / 3 + half / 9) - save

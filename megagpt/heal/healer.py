@@ -112,6 +112,7 @@ class Healer:
                 cause="diverged",
             )
         self._clock.enter("save", progress.step)
+        self._saver.finish(self._journal)
         back = self._saver.resume(self._corpora, self._journal, before=first)
         skipped = back.cursor.consumed, progress.cursor.consumed
         back.cursor = back.cursor.skipping(*skipped)
@@ -124,7 +125,8 @@ class Healer:
         self._journal.went_back(back.step)
         action = f"back to step {back.step}, without the sequences {skipped[0]} to {skipped[1] - 1}"
         self._journal.event("spike", **spike, action=action)
-        self._saver.save(back, self._journal)  # so that whoever continues the run leaves them out as well
+        self._saver.save(back, self._journal)
+        self._saver.finish(self._journal)  # so that whoever continues the run leaves them out as well
         return back
 
     def compare_ranks(self, engine: Engine, progress: Progress, waited: float) -> None:

@@ -32,7 +32,7 @@ def goodput_lines(split: Goodput) -> list[str]:
 
 def _comparison(split: Goodput, expected: Prediction) -> str:
     words = (
-        f"without the first start and evaluations {share(split.comparable)}; Daly's model expects "
+        f"Without the first start and evaluations {share(split.comparable)}; Daly's model expects "
         f"{share(expected.share)} at a save of {expected.save:.2g} s every {duration(expected.interval)}"
     )
     if expected.mtbf is None or expected.young_interval is None or expected.daly_interval is None:

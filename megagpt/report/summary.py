@@ -61,15 +61,16 @@ def read_run(out: Path) -> RunFiles:
         raise UserError(
             f"{out} is not a run: it holds no run.toml.", "Give the folder that megagpt train --out wrote."
         )
+    run = config.load(str(out / "run.toml"))
     return RunFiles(
-        run=config.load(str(out / "run.toml")),
+        run=run,
         toml=(out / "run.toml").read_text(encoding="utf-8"),
         steps=read_records(out / "metrics.jsonl"),
         evaluations=read_records(out / "evaluations.jsonl"),
         events=read_records(out / "events.jsonl"),
         samples=_json(out / "samples.json", default=[]),
         yardsticks=_json(out / "yardsticks.json", default={}),
-        goodput=goodput(out),
+        goodput=goodput(out, mtbf_hours=run.checkpoint.mtbf_hours),
     )
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from megagpt.checkpoint.interval import best_interval
 from megagpt.heal.attempts import Beat, write_beat
-from megagpt.heal.goodput import daly, expected_share, goodput, young
+from megagpt.heal.goodput import expected_share, goodput, young
 from megagpt.report.goodput import goodput_lines, goodput_section
 
 BEAT = Beat(
@@ -44,7 +45,7 @@ def test_attempts_and_the_time_between_them_add_up_to_the_wall_time(tmp_path):
         BEAT, began=1130.0, beat=1240.0, since=1200.0, ended="hang", repeats_first=True,
         seconds={"start": 12.0, "compile": 6.5, "repeated": 30.0, "step": 61.5},
     )  # fmt: skip
-    split = goodput(attempts(tmp_path, BEAT, second))
+    split = goodput(attempts(tmp_path, BEAT, second), mtbf_hours=0)
     assert split is not None
     assert split.wall == 240
     assert split.seconds == pytest.approx(
@@ -69,7 +70,7 @@ def test_attempts_and_the_time_between_them_add_up_to_the_wall_time(tmp_path):
 
 
 def test_a_run_that_left_no_trace_has_no_goodput(tmp_path):
-    assert goodput(tmp_path) is None
+    assert goodput(tmp_path, mtbf_hours=0) is None
 
 
 def simulated(*, interval: float, save: float, restart: float, mtbf: float) -> float:
@@ -100,6 +101,5 @@ def test_dalys_interval_is_the_best_one_and_youngs_is_near_it():
         return -expected_share(interval=interval, save=20, restart=60, mtbf=3600)
 
     best = min(range(10, 2000), key=wasted)
-    assert daly(20, 3600) == pytest.approx(best, rel=0.01)
+    assert best_interval(save_seconds=20, mtbf_seconds=3600) == pytest.approx(best, rel=0.01)
     assert young(20, 3600) == pytest.approx(best, rel=0.06)
-    assert daly(100, 40) == 40

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import itertools
 import os
 import signal
@@ -14,6 +15,7 @@ import pytest
 
 from megagpt import outcome
 from megagpt.checkpoint import lineage
+from megagpt.checkpoint.folders import folder_at
 from megagpt.config import Checkpoint, Heal, Parallel, Report, Train
 from megagpt.heal.goodput import goodput
 from megagpt.heal.watchdog import HANG_STATUS
@@ -45,8 +47,11 @@ def events(out: Path, name: str) -> list[dict[str, Any]]:
 
 
 def final_weights(out: Path) -> list[bytes]:
-    folder = next(lineage.commits(out / "checkpoints")).folder
-    return [path.read_bytes() for path in sorted(folder.glob("*.safetensors"))]
+    commit = next(lineage.commits(folder_at(out / "checkpoints")))
+    files = (out / "checkpoints").glob(f"gen-{commit.generation:04d}/step-{commit.step:09d}/*.safetensors")
+    found = [path.read_bytes() for path in sorted(files)]
+    assert found
+    return found
 
 
 def spiking(*steps: int) -> Any:
@@ -158,7 +163,7 @@ def test_a_rank_that_hangs_is_named_within_the_limit_and_all_leave_their_stacks(
     (event,) = events(tmp_path, "hang")
     assert (event["rank"], event["step"], event["action"]) == (rank, 14, "ended")
     assert seconds < 25
-    folder = outcome.attempt_folder(tmp_path)
+    folder = tmp_path / "attempts" / "0001"
     word = outcome.read(folder / f"rank-{rank:05d}.json")
     assert word is not None
     assert (word.cause, word.rank, word.retry) == ("hang", rank, "back_off")
@@ -169,7 +174,7 @@ def test_a_rank_that_hangs_is_named_within_the_limit_and_all_leave_their_stacks(
         assert "then_stick" in said
     else:
         assert "its process has not run for" in said
-    split = goodput(tmp_path)
+    split = goodput(tmp_path, mtbf_hours=0)
     assert split is not None
     assert split.seconds["hang"] > 2
 
@@ -215,7 +220,7 @@ def test_a_step_computed_twice_changes_nothing_and_finds_the_rank_that_computes_
     assert "a step computed twice gave two results: the output of rank" in capfd.readouterr().err
     (event,) = events(tmp_path / "spoilt", "corruption")
     assert event["rank"] == (0 if layout.tensor > 1 else 1)  # tensor ranks share every sum
-    word = outcome.read(outcome.attempt_folder(tmp_path / "spoilt") / f"rank-{event['rank']:05d}.json")
+    word = outcome.read(tmp_path / "spoilt" / "attempts" / "0001" / f"rank-{event['rank']:05d}.json")
     assert word is not None
     assert (word.cause, word.retry) == ("corruption", "exclude_node")
 
@@ -239,13 +244,43 @@ def wrong_once(*, rank: int, passes: int) -> Any:
     return plant
 
 
+def full_at(step: int) -> Any:
+    """The file of records has no space left for `step`."""
+
+    def plant() -> None:
+        from megagpt.report.metrics import Records
+
+        append = Records.append
+
+        def full(self: Records, record: Any) -> None:
+            if getattr(record, "step", 0) == step:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            append(self, record)
+
+        Records.append = full  # type: ignore[method-assign]
+
+    return plant
+
+
+def test_a_disk_that_is_full_ends_the_run_with_that_cause_and_it_continues_bit_for_bit(corpora, tmp_path, capfd):
+    run = patient(corpora)
+    assert fit(run, tmp_path / "full", before=full_at(8)) == 1
+    assert "No space left on device" in capfd.readouterr().err.splitlines()[-1]
+    ended = outcome.read(tmp_path / "full" / "attempts" / "0001" / "outcome.json")
+    assert ended is not None
+    assert (ended.cause, ended.rank) == ("disk_full", 0)
+    assert fit(run, tmp_path / "full") == 0
+    assert fit(run, tmp_path / "straight") == 0
+    assert losses(tmp_path / "full") == losses(tmp_path / "straight")
+
+
 def test_the_wall_time_of_a_run_that_was_killed_is_split_without_a_remainder(corpora, tmp_path):
     run = patient(corpora)
     began = time.time()
     assert fit(run, tmp_path, before=kill_at(14, rank=0)) == 128 + signal.SIGKILL
     time.sleep(0.5)
     assert fit(run, tmp_path) == 0
-    split = goodput(tmp_path)
+    split = goodput(tmp_path, mtbf_hours=0)
     assert split is not None
     assert split.attempts == 2
     assert sum(split.seconds.values()) == pytest.approx(split.wall, abs=1e-6)
