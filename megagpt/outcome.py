@@ -104,9 +104,11 @@ def of_error(error: BaseException, *, rank: int) -> Outcome:
     return ended("failed", _cause(error), str(error), rank=culprit)
 
 
-def ended(result: Result, cause: Cause, message: str = "", *, rank: int | None, step: int | None = None) -> Outcome:
-    """An outcome of this host, now."""
-    host = socket.gethostname()
+def ended(
+    result: Result, cause: Cause, message: str = "", *, rank: int | None, step: int | None = None, host: str = ""
+) -> Outcome:
+    """An outcome of `host`, or of this one, now."""
+    host = host or socket.gethostname()
     return Outcome(result=result, cause=cause, message=message, rank=rank, host=host, step=step, time=time.time())
 
 
