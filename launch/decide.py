@@ -34,7 +34,7 @@ class Decision:
 
 
 def decide(history: Sequence[Attempt], retries: Retries, *, enough_nodes: bool) -> Decision:
-    """What to do after the last attempt of `history`; `enough_nodes`: this job still has as many good ones as needed."""
+    """What to do after the last attempt of `history`; `enough_nodes`: this job has as many good ones as it needs."""
     last = history[-1]
     outcome = last.outcome
     if outcome.result == "finished":

@@ -84,7 +84,7 @@ class Cluster:
         return ["nsenter", f"--target={self._inside}", "--mount", "--net", "--pid", "--uts", "--", *command]
 
     def env(self) -> dict[str, str]:
-        """This process' environment, for a command inside the lab."""
+        """The environment of this process, for a command inside the lab."""
         outer = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
         path = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
         return {**outer, "SLURM_CONF": str(self.folder / "slurm.conf"), "PATH": path}
@@ -207,11 +207,11 @@ class _Lab:
     def first_process(self, node: str) -> int:
         """The process id, in the lab, of the node's first process; its namespaces are ready once it is not ours."""
         outer = self.nodes[node].pid
-        own = os.readlink("/proc/self/ns/net")
+        own = str(Path("/proc/self/ns/net").readlink())
         while True:
             with contextlib.suppress(FileNotFoundError):
                 children = Path(f"/proc/{outer}/task/{outer}/children").read_text().split()
-                if children and os.readlink(f"/proc/{children[0]}/ns/net") != own:
+                if children and str(Path(f"/proc/{children[0]}/ns/net").readlink()) != own:
                     return int(children[0])
             time.sleep(0.01)
 
@@ -231,10 +231,10 @@ class _Lab:
 
     def kill(self, node: str, pattern: str, number: int) -> int:
         """The node's processes are those of its pid namespace."""
-        space, count = os.readlink(f"/proc/{self.first_process(node)}/ns/pid"), 0
+        space, count = Path(f"/proc/{self.first_process(node)}/ns/pid").readlink(), 0
         for folder in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
-                if os.readlink(folder / "ns/pid") == space and pattern.encode() in (folder / "cmdline").read_bytes():
+                if (folder / "ns/pid").readlink() == space and pattern.encode() in (folder / "cmdline").read_bytes():
                     os.kill(int(folder.name), number)
                     count += 1
         return count

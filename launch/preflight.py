@@ -1,8 +1,8 @@
 """One node's examination before a run: `python -m megagpt.launch.preflight FOLDER --place I --nodes N [--whole]`.
 
-Writes FOLDER/<node>.json, for the supervisor to judge (preflight_step.py). The quick part is names, clock, disk, memory
-and limits; the whole one adds versions, GPUs with a short burn, and the bandwidth to every other node. Needs torch only
-for the latter. Runs where the ranks will, inside their container.
+Writes FOLDER/<node>.json, for the supervisor to judge (preflight_step.py). The quick part is names, clock, disk,
+memory and limits; the whole one adds versions, GPUs with a short burn, and the bandwidth to every other node. Needs
+torch only for the latter. Runs where the ranks will, inside their container.
 """
 
 from __future__ import annotations

@@ -119,7 +119,7 @@ def _silent_in_network(reports: Mapping[str, Any]) -> dict[str, str]:
     late = [node for node, report in reports.items() if not report.get("complete")]
     if len(late) == len(reports):
         return {}
-    return {node: "did not finish its examination" for node in late}
+    return dict.fromkeys(late, "did not finish its examination")
 
 
 def _most_common(found: Sequence[dict[str, str] | None]) -> dict[str, str]:

@@ -4,7 +4,7 @@
 
     the time limit is near (USR1), or the job is preempted (TERM)  ->  the stop file; ranks save; come again
     a rank dies, hangs or says that it cannot go on                ->  decide.py: restart here, come again, or end
-    a node dies, falls silent or fails its preflight               ->  faults.py: never again in this job, nor for a day
+    a node dies, falls silent or fails its preflight               ->  faults.py: not again in this job, nor for a day
     the run is done                                                ->  it is done, whatever signal comes late
 
 Standard library alone. What it did is in <out>/attempts/NNNN: start.json, outcome.json, preflight/, logs/.
