@@ -3,6 +3,8 @@
     off      no watchdog thread, no judgement, no comparison of ranks, no guard
     on       the defaults, with spikes watched as well: what looks at every step
     guard    check_agreement alone, timed by itself: what happens every train.guard_every steps
+    parts    each thing that "on" adds, timed by itself: their sum is known better than a small difference of two large
+             numbers
 
 Every round trains the same steps of a small model on 2 ranks, in an order that turns. A step counts twice: by the wall
 clock, the median, which asks for a quiet machine; and by the processor time of the first rank with all its threads,
@@ -23,6 +25,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -86,26 +89,48 @@ def unwatched(*_: Any) -> Any:
     yield argparse.Namespace(ending="")
 
 
-def guard_seconds(run: Run, folder: Path) -> float:
-    """Of one check that ranks agree, the median of 50."""
+def parts_of(run: Run, folder: Path) -> dict[str, float]:
+    """Median seconds, on the first of 2 ranks, of each thing that healing and guards do."""
 
     def work() -> None:
+        from megagpt.heal.clock import Clock
+        from megagpt.heal.health import Health
+        from megagpt.heal.stragglers import OwnTimes
+        from megagpt.heal.watchdog import Watchdog
         from megagpt.mesh import mesh_of
-        from megagpt.parallel.engine import Engine
+        from megagpt.parallel.engine import Engine, Step
 
         ranks.join(world=2)
-        engine = Engine(run, mesh_of(run.parallel, ranks.rank()))
-        times = []
-        for _ in range(50):
-            began = time.perf_counter()
-            engine.check_agreement([])
-            times.append(time.perf_counter() - began)
-        if ranks.rank() == 0:
-            (folder / "guard").write_text(str(statistics.median(times)))
+        mesh = mesh_of(run.parallel, ranks.rank())
+        engine, clock, times = Engine(run, mesh), Clock(time.time()), OwnTimes()
+        losses = [3.0 + 0.001 * (number % 7) for number in range(run.heal.spike_window)]
+        health = Health(run.heal, {"losses": losses}, fp16=False)
+        values = {"grad_norm": 1.0, "tokens": 1, "skipped": False, "seen_by": None, "loss_scale": 1.0}
+        done = Step(loss=3.001, next_loss_scale=1.0, **values)
+        watchdog = Watchdog(run.heal, clock, folder, rank=mesh.rank, world=2, tell=lambda *_: None)
+        found = {
+            "judge": _median(lambda: health.judge(done, 200)),
+            "enter": _median(lambda: clock.enter("step", 1)),
+            "own_time": _median(engine.forward_seconds),
+            "beat": _median(lambda: watchdog._beat("")),
+            "compare": _median(lambda: times.compare(mesh, 1.3)),
+            "guard": _median(lambda: engine.check_agreement([]), 50),
+        }
+        if mesh.rank == 0:
+            (folder / "parts").write_text(json.dumps(found))
 
     if ranks.run_local(work, 2):
         sys.exit("a rank died")
-    return float((folder / "guard").read_text())
+    return json.loads((folder / "parts").read_text())
+
+
+def _median(call: Callable[[], Any], times: int = 300) -> float:
+    found = []
+    for _ in range(times):
+        began = time.perf_counter()
+        call()
+        found.append(time.perf_counter() - began)
+    return statistics.median(found)
 
 
 def corpus_in(folder: Path) -> Path:
@@ -131,20 +156,20 @@ def measure(rounds: int) -> dict[str, Any]:
         for number in range(rounds):
             for healing in (True, False) if number % 2 else (False, True):
                 found[healing].append(trained(run, folder / f"{number}-{healing}", healing=healing))
-        guard = guard_seconds(run, folder)
+        parts = parts_of(run, folder)
     pairs = list(zip(found[True], found[False], strict=True))
     walls = sorted(on[0] / off[0] - 1 for on, off in pairs)
     processor = sorted(on[1] / off[1] - 1 for on, off in pairs)
     step, every = statistics.median(wall for wall, _ in found[False]), Train().guard_every
+    a_step = parts["judge"] + 3 * parts["enter"] + parts["own_time"] + parts["compare"] / run.report.every
     return {
         "step_seconds": step,
         "overhead_by_wall_clock": statistics.median(walls),
         "overhead_by_wall_clock_by_round": walls,
         "overhead_by_processor_time": statistics.median(processor),
         "overhead_by_processor_time_by_round": processor,
-        "guard_seconds": guard,
-        "guard_every": every,
-        "overhead_of_the_guard": guard / every / step,
+        "parts_seconds": parts,
+        "overhead_of_the_parts": a_step / step + parts["beat"] / 1.0 + parts["guard"] / every / step,
     }
 
 

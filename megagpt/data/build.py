@@ -39,7 +39,7 @@ from megagpt.data.task import (
     result_of,
     run_task,
 )
-from megagpt.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from megagpt.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer, with_gigatoken
 from megagpt.data.workers import Report, Work, run_tasks
 from megagpt.errors import UserError
 from megagpt.files import require_space, sync_folder, write_whole
@@ -47,7 +47,7 @@ from megagpt.files import require_space, sync_folder, write_whole
 _LARGEST_TASK = 128 << 20  # bytes of text: a task is redone after a kill, so it should not take hours
 _TRAINING_BYTES = 64 << 20  # of text for a tokenizer; more hardly changes it
 _SAMPLE_BYTES = 200_000  # of text, to foresee the size of the shards
-_SAMPLE_SLICES = 16
+_PROOF_SLICES, _PROOF_BYTES = 16, 32_000  # of text, on which a fast tokenizer proves itself
 
 
 def build(
@@ -120,10 +120,9 @@ def _planned(inputs: Sequence[str], tokenizer: Path | None, recipe: Recipe, proc
 def _run(out: Path, plan: _Plan, tokenizer: Tokenizer, numbers: Sequence[int], *, processes: int, fast: bool) -> None:
     """Do those of some tasks that are not done; without the repeats that they need, only their hashes."""
     tasks, recipe = plan.tasks, plan.recipe
-    job = Job(out, recipe, tokenizer.definition, tokenizer.end_of_text)
+    job = Job(out, recipe, tokenizer.definition, tokenizer.end_of_text, fast)
     if fast:
-        job = dataclasses.replace(job, sample=_sample(tasks, recipe))
-        job.tokenizer()  # refused here, and not in every worker
+        with_gigatoken(tokenizer, _sample(tasks, recipe))  # refused here, once, and not in every task
     if recipe.deduplicate and not _repeats_known(out, tasks):
         waiting = [(number, tasks[number]) for number in numbers if not hashes_file(out, number).exists()]
         _each(f"hashing for {out}", waiting, partial(hash_task, job), processes)
@@ -149,8 +148,8 @@ def _sample(tasks: Sequence[Sequence[Slice]], recipe: Recipe) -> tuple[str, ...]
     """The first texts of slices all over the input: what a fast tokenizer must prove itself on."""
     slices = list(chain.from_iterable(tasks))
     choice, found = recipe.choice(), []
-    for piece in slices[:: max(1, len(slices) // _SAMPLE_SLICES)]:
-        left = _SAMPLE_BYTES
+    for piece in slices[:: max(1, len(slices) // _PROOF_SLICES)]:
+        left = _PROOF_BYTES
         for document, taken in choice.read(piece):
             found.append(document.text if taken else "")
             left -= len(document.utf8)

@@ -70,18 +70,18 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker must know besides its task. `sample` are texts that a fast backend must agree on (none: none)."""
+    """What a worker must know besides its task. `fast`: gigatoken encodes, which has proved itself before."""
 
     out: Path
     recipe: Recipe
     definition: str
     end_of_text: int
-    sample: tuple[str, ...] = ()
+    fast: bool = False
 
     def tokenizer(self) -> Tokenizer:
         tokenizer = parse_tokenizer(self.definition, source="tokenizer.json", end_of_text=self.recipe.end_of_text)
         tokenizer = dataclasses.replace(tokenizer, end_of_text=self.end_of_text)
-        return with_gigatoken(tokenizer, self.sample) if self.sample else tokenizer
+        return with_gigatoken(tokenizer, ()) if self.fast else tokenizer
 
 
 @dataclass(frozen=True)

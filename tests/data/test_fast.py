@@ -74,3 +74,20 @@ def test_a_text_that_spells_a_special_token_is_never_given_to_the_fast_encoder(t
     wrong = replace(tokenizer, fast=lambda text: np.array(tokenizer.encode(text)[1:], dtype=np.uint32))
     assert wrong.encode_document("alpha beta").tolist() != tokenizer.encode_document("alpha beta").tolist()
     assert wrong.encode_document("a<|endoftext|>").tolist() == tokenizer.encode_document("a<|endoftext|>").tolist()
+
+
+def test_a_build_whose_input_shows_other_ids_is_refused_before_a_shard_is_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = tmp_path / "raw.jsonl"
+    raw.write_text("\n".join(json.dumps({"text": text}) for text in [*texts(3, 80), *HARD]))
+    encode = Tokenizer.encode_document
+
+    def wrong(tokenizer: Tokenizer, text: str) -> np.ndarray:
+        return encode(tokenizer, text + "x" if tokenizer.fast and "東京" in text else text)
+
+    monkeypatch.setattr(Tokenizer, "encode_document", wrong)
+    recipe = Recipe(heldout=0.1, tasks=4, vocabulary=400)
+    with pytest.raises(UserError, match="gigatoken gives other ids than tokenizers for the text 'naïve"):
+        build([str(raw)], tmp_path / "out", tokenizer=None, recipe=recipe, processes=1, fast=True)
+    assert not list((tmp_path / "out").glob("*.tar"))
