@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.loader import CONTEXT, write_corpus
+from benchmarks.data import CONTEXT, write_corpus
 from megagpt.config import Data
 from megagpt.data import order, pack
 from megagpt.data.corpus import open_corpus
