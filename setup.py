@@ -24,6 +24,7 @@ setup(
         "pyarrow>=16",
         "tokenizers>=0.20",
         "safetensors>=0.5",
+        "xxhash>=3.4",
         "fsspec>=2025.2",
         "tyro>=1.0",
         "rich>=13",

@@ -9,7 +9,7 @@ import itertools
 import math
 from collections.abc import Iterable
 
-from megagpt.config import Data, Model, Optim, Parallel, Run, Train
+from megagpt.config import Data, Heal, Model, Optim, Parallel, Run, Train
 from megagpt.errors import UserError
 
 
@@ -23,6 +23,10 @@ def checked(run: Run) -> Run:
     _check_data(run.data)
     _at_least("checkpoint.every", run.checkpoint.every, 0)
     _at_least("checkpoint.keep", run.checkpoint.keep, 1)
+    _at_least("checkpoint.keep_every", run.checkpoint.keep_every, 0)
+    _at_least("checkpoint.keep_best", run.checkpoint.keep_best, 0)
+    _at_least("checkpoint.mtbf_hours", run.checkpoint.mtbf_hours, 0)
+    _check_heal(run.heal)
     _at_least("report.every", run.report.every, 1)
     _at_least("report.samples", run.report.samples, 0)
     return run
@@ -211,6 +215,16 @@ def costs_of(run: Run) -> list[str]:
             f"then idle {bubble:.0%} of the time; less with a lower train.micro_batch or a higher train.global_batch."
         )
     return found
+
+
+def _check_heal(heal: Heal) -> None:
+    for name in ("skip_budget", "spike_score", "rollbacks", "recompute_every", "hang_factor"):
+        _at_least(f"heal.{name}", getattr(heal, name), 0)
+    _at_least("heal.spike_steps", heal.spike_steps, 1)
+    _at_least("heal.spike_window", heal.spike_window, 8)
+    _at_least("heal.straggler", heal.straggler, 1)
+    _positive("heal.hang_seconds", heal.hang_seconds)
+    _positive("heal.slow_seconds", heal.slow_seconds)
 
 
 def _check_data(data: Data) -> None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from megagpt import __version__
 from megagpt.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from megagpt.launch.spec import Kind
 
 Options = TypeVar("Options")
 
@@ -36,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
         return COMMANDS[name].run(rest)
     except UserError as error:
         print(f"megagpt: {error}", file=sys.stderr)
-        return 2
+        return error.exit_status
     except KeyboardInterrupt:
         print("megagpt: interrupted.", file=sys.stderr)
         return 130
@@ -113,6 +116,42 @@ def import_(words: list[str]) -> int:
     return run_import(_parse(Import, "import", words))
 
 
+def checkpoint_ls(words: list[str]) -> int:
+    from megagpt.commands.checkpoint import List, run_list
+
+    return run_list(_parse(List, "checkpoint ls", words))
+
+
+def checkpoint_show(words: list[str]) -> int:
+    from megagpt.commands.checkpoint import Show, run_show
+
+    return run_show(_parse(Show, "checkpoint show", words))
+
+
+def checkpoint_verify(words: list[str]) -> int:
+    from megagpt.commands.checkpoint import Verify, run_verify
+
+    return run_verify(_parse(Verify, "checkpoint verify", words))
+
+
+def checkpoint_diff(words: list[str]) -> int:
+    from megagpt.commands.checkpoint import Diff, run_diff
+
+    return run_diff(_parse(Diff, "checkpoint diff", words))
+
+
+def checkpoint_reshard(words: list[str]) -> int:
+    from megagpt.commands.checkpoint import Reshard, run_reshard
+
+    return run_reshard(_parse(Reshard, "checkpoint reshard", words))
+
+
+def checkpoint_average(words: list[str]) -> int:
+    from megagpt.commands.checkpoint import Average, run_average
+
+    return run_average(_parse(Average, "checkpoint average", words))
+
+
 def verify(words: list[str]) -> int:
     from megagpt.verify.commands import Verify, run_verify
 
@@ -175,6 +214,61 @@ def data_verify(words: list[str]) -> int:
     return 0
 
 
+def launch_as(kind: Kind) -> Callable[[list[str]], int]:
+    """`megagpt launch KIND PRESET ...`"""
+
+    def launch(words: list[str]) -> int:
+        from megagpt.launch.commands import LaunchRun, launch_defaults, run_launch, spelled
+
+        if not words or words[0] in ("-h", "--help"):
+            words = ["quickstart", *words]
+        if words[0].startswith("-"):
+            raise UserError(
+                f"megagpt launch {kind} begins with a preset or a run.toml, not with {words[0]}.",
+                COMMANDS[f"launch {kind}"].example,
+            )
+        preset, rest = words[0], spelled(words[1:])
+        return run_launch(_parse(LaunchRun, f"launch {kind} {preset}", rest, launch_defaults(preset)), kind=kind)
+
+    return launch
+
+
+def launch_data(words: list[str]) -> int:
+    from megagpt.launch.commands import LaunchData, run_launch_data
+
+    return run_launch_data(_parse(LaunchData, "launch data", words))
+
+
+def launch_status(words: list[str]) -> int:
+    from megagpt.launch.watch import Status, run_status
+
+    return run_status(_parse(Status, "launch status", words))
+
+
+def launch_logs(words: list[str]) -> int:
+    from megagpt.launch.watch import Logs, run_logs
+
+    return run_logs(_parse(Logs, "launch logs", words))
+
+
+def launch_why(words: list[str]) -> int:
+    from megagpt.launch.watch import Why, run_why
+
+    return run_why(_parse(Why, "launch why", words))
+
+
+def launch_stop(words: list[str]) -> int:
+    from megagpt.launch.watch import Stop, run_stop
+
+    return run_stop(_parse(Stop, "launch stop", words))
+
+
+def launch_resume(words: list[str]) -> int:
+    from megagpt.launch.watch import Resume, run_resume
+
+    return run_resume(_parse(Resume, "launch resume", words))
+
+
 def report(words: list[str]) -> int:
     from megagpt.report.commands import Report, run_report
 
@@ -222,7 +316,60 @@ COMMANDS = {
     "data replay": Command(data_replay, "a step's exact batch", "megagpt data replay runs/first --step 1200"),
     "export": Command(export, "write a Hugging Face folder", "megagpt export runs/first --to hf/first"),
     "import": Command(import_, "start a run from a Hugging Face folder", "megagpt import hf/gpt2 --out runs/gpt2"),
+    "checkpoint ls": Command(checkpoint_ls, "a run's checkpoints", "megagpt checkpoint ls runs/first"),
+    "checkpoint show": Command(checkpoint_show, "what one holds", "megagpt checkpoint show runs/first"),
+    "checkpoint verify": Command(
+        checkpoint_verify, "check every byte of them", "megagpt checkpoint verify runs/first"
+    ),
+    "checkpoint diff": Command(
+        checkpoint_diff,
+        "compare two, tensor by tensor, whatever their layouts",
+        "megagpt checkpoint diff runs/a runs/b",
+    ),
+    "checkpoint reshard": Command(
+        checkpoint_reshard,
+        "write one in another number of files",
+        "megagpt checkpoint reshard runs/first --to copies/first --files 64",
+    ),
+    "checkpoint average": Command(
+        checkpoint_average,
+        "a new run whose weights are the mean of several",
+        "megagpt checkpoint average runs/a runs/b --out runs/mean",
+    ),
     "verify": Command(verify, "prove that every layout computes the same", "megagpt verify gpt3-125m --world 8"),
+    "launch slurm": Command(
+        launch_as("slurm"),
+        "submit a run to SLURM, or show the script with --dry-run",
+        "megagpt launch slurm gpt3-6.7b --nodes 16 --gpus-per-node 8 --data.mixture corpora/web 1",
+    ),
+    "launch torchrun": Command(
+        launch_as("torchrun"), "torchrun, here or on every node", "megagpt launch torchrun gpt3-125m --gpus-per-node 8"
+    ),
+    "launch hostfile": Command(
+        launch_as("hostfile"),
+        "ranks over ssh, without a scheduler",
+        "megagpt launch hostfile gpt3-1.3b --hosts node1 node2 --gpus-per-node 8",
+    ),
+    "launch kubernetes": Command(
+        launch_as("kubernetes"),
+        "a Kubernetes JobSet",
+        "megagpt launch kubernetes gpt3-6.7b --nodes 16 --gpus-per-node 8 --cluster k8s.toml",
+    ),
+    "launch local": Command(
+        launch_as("local"), "this machine's GPUs, as a launch", "megagpt launch local gpt3-125m --gpus-per-node 8"
+    ),
+    "launch data": Command(
+        launch_data,
+        "tokenise on SLURM, as a job array",
+        "megagpt launch data 'web/*.parquet' --out corpora/web --tokenizer tokenizer.json --tasks 64",
+    ),
+    "launch status": Command(
+        launch_status, "state, step, loss, speed, goodput, time left", "megagpt launch status runs/first"
+    ),
+    "launch logs": Command(launch_logs, "a rank's log of any attempt", "megagpt launch logs runs/first --rank 3"),
+    "launch why": Command(launch_why, "the first failing rank, node and cause", "megagpt launch why runs/first"),
+    "launch stop": Command(launch_stop, "save after this step and stop", "megagpt launch stop runs/first"),
+    "launch resume": Command(launch_resume, "submit a stopped run again", "megagpt launch resume runs/first"),
     "report": Command(report, "write a run's report.html again", "megagpt report runs/first"),
     "doctor": Command(doctor, "check this machine, with a remedy for each finding", "megagpt doctor"),
 }

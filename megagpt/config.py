@@ -224,6 +224,43 @@ class Checkpoint:
     """Steps between two checkpoints; 0: only at the end."""
     keep: int = 2
     """Newest checkpoints that stay; older ones are deleted after a newer one is complete."""
+    keep_every: int = 0
+    """Checkpoints at multiples of this many steps stay for ever; 0: none."""
+    keep_best: int = 0
+    """Checkpoints with the lowest loss on held-out text that stay as well; only steps with an evaluation count."""
+    asynchronous: bool = False
+    """Copy the state to host memory and write it while training goes on."""
+    mtbf_hours: float = 0.0
+    """Mean hours between failures of the job. Above 0, the first save is after `every` steps, and from then on the
+    interval is Young and Daly's for the save's measured cost."""
+    folder: str = ""
+    """Where checkpoints are kept, a path or s3://bucket/folder; empty: OUT/checkpoints."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heal:
+    """What a run does about faults in mid-run (docs/resilience.md)."""
+
+    skip_budget: int = 5
+    """Steps without a finite loss and gradient that may be skipped among any 100; one more, and the run ends."""
+    spike_score: float = 0.0
+    """A loss so many robust deviations above the median of its window is a spike; 0: spikes are left alone."""
+    spike_steps: int = 3
+    """Steps in a row above it; then the run goes back to the checkpoint before and leaves out the data since."""
+    spike_window: int = 128
+    """Finished steps whose losses are the yardstick."""
+    rollbacks: int = 3
+    """Times that a run may go back because of a spike; one more spike, and it ends."""
+    recompute_every: int = 0
+    """Steps between two that are computed twice and compared bit for bit, to find faulty devices; 0: none."""
+    hang_factor: float = 10.0
+    """A rank hangs if it makes no progress for so many median steps plus hang_seconds."""
+    hang_seconds: float = 120.0
+    """See hang_factor."""
+    slow_seconds: float = 1800.0
+    """The limit without progress in what has no usual time: start, first step, save and evaluation."""
+    straggler: float = 1.3
+    """Ranks that take so many times the median of their peers' own time are reported."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,6 +287,7 @@ class Run:
     parallel: Parallel = Parallel()
     optim: Optim = Optim()
     checkpoint: Checkpoint = Checkpoint()
+    heal: Heal = Heal()
     report: Report = Report()
     seed: int = 1
     """Of the initial weights, the data order and the dropout masks."""

@@ -1,8 +1,8 @@
 """The training loop of one rank: start reading here.
 
     fit        join the other ranks, build the engine, find where the run stood, then for every step:
-                   take the step's micro-batches from the loader
-                   step: forward, backward and update in the engine; write the record
+                   step: take its micro-batches; forward, backward and update in the engine; write the record
+                   look at the run's health, and go back to a checkpoint if the loss spiked
                    evaluate, save, and stop when all is done or when asked to
 A run is its folder: run.toml, metrics.jsonl, evaluations.jsonl, events.jsonl, checkpoints/. Started again on the same
 folder it continues from the newest checkpoint, to the exact token; the losses go on bit for bit on the same layout,
@@ -12,93 +12,100 @@ since nothing depends on a generator's state: data order, initial weights and dr
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import itertools
-import math
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import TracebackType
 
-from megagpt import __version__
-from megagpt.checkpoint import lineage
-from megagpt.checkpoint.load import check_model, load, newest_valid
-from megagpt.checkpoint.save import save
-from megagpt.config import Run, sequences_of, steps_of, to_toml
-from megagpt.data import order
+from megagpt import outcome, stop
+from megagpt.checkpoint.saver import Progress, Saver
+from megagpt.config import Run, steps_of
 from megagpt.data.batch import Batch, document_lengths
 from megagpt.data.corpus import Corpus, open_mixture
 from megagpt.data.loader import train_batches
-from megagpt.data.order import Cursor
-from megagpt.data.pack import source
-from megagpt.data.prefetch import Prefetched
-from megagpt.errors import UserError
 from megagpt.evaluate import evaluate_corpus
+from megagpt.heal.clock import Clock
+from megagpt.heal.corruption import train_twice
+from megagpt.heal.goodput import goodput
+from megagpt.heal.healer import Healer, watched
 from megagpt.kernels.tuning import check_ranks_agree
 from megagpt.mesh import mesh_of
 from megagpt.parallel import ranks
 from megagpt.parallel.engine import Engine, Step
+from megagpt.report.goodput import goodput_lines
 from megagpt.report.journal import Journal
 from megagpt.schedule import learning_rate
-from megagpt.stop import StopSignal
 
 
-@dataclasses.dataclass
-class Progress:
-    """Where the run stands."""
-
-    step: int
-    """Steps done."""
-    cursor: Cursor
-    """Sequences consumed, and the order they come in."""
-
-    def tokens(self, context: int) -> int:
-        return self.cursor.consumed * context
-
-
-def fit(run: Run, out: Path) -> None:
+def fit(run: Run, out: Path, *, began: float | None = None) -> None:
     """Train `run` in the folder `out` until it is done or told to stop, on this rank. Every rank must call it.
 
-    Raises UserError if the folder holds another model, no usable checkpoint, or if the loss is no longer a number.
+    `began`: when the command did, in seconds since 1970; else now. Raises UserError if the folder holds another model
+    or no usable checkpoint, and RunFailure if the run cannot go on: it diverged, or a device computes wrongly.
     """
+    clock = Clock(time.time() if began is None else began)
     ranks.join(world=run.parallel.world_size())
     mesh = mesh_of(run.parallel, ranks.rank())
-    corpora = open_mixture(run.data.mixture, run.data)
-    engine = Engine(run, mesh)
-    if engine.device.type == "cuda":
-        check_ranks_agree(engine.device)
-    saver = Saver(run, out, engine)
-    with Journal(run, out, engine.device, speak=mesh.rank == 0) as journal, StopSignal() as stop:
-        progress = saver.resume(corpora, journal)
-        journal.open(step=progress.step, tokens=progress.tokens(run.model.context))
-        total = steps_of(run)
-        with contextlib.closing(_batches(run, corpora, progress, engine)) as batches:
-            while progress.step < total:
-                done = step(run, engine, progress, batches, journal)
-                _refuse_divergence(done, progress.step, saver.root)
-                stopping = ranks.lowest_over_ranks(-int(stop.asked)) < 0
+    with watched(run, out, mesh, clock) as watchdog, stop.StopSignal(out if mesh.rank == 0 else None) as wish:
+        corpora = open_mixture(run.data.mixture, run.data)
+        engine = Engine(run, mesh)
+        if engine.device.type == "cuda":
+            check_ranks_agree(engine.device)
+        saver = Saver(run, out, engine)
+        with Journal(run, out, engine.device, speak=mesh.rank == 0) as journal, Feed(run, corpora, engine) as feed:
+            progress = saver.resume(corpora, journal)
+            journal.open(step=progress.step, tokens=progress.tokens(run.model.context))
+            feed.start(progress)
+            healer = Healer(run, saver, corpora, journal, clock, progress)
+            total, stopping = steps_of(run), 0
+            while progress.step < total and not stopping:
+                done = step(run, engine, progress, feed, journal, clock)
+                back = healer.examine(done, progress)
+                if back is not None:
+                    progress = back
+                    feed.start(progress)
+                    continue
+                healer.compare_ranks(engine, progress, feed.waited)
+                stopping = -ranks.lowest_over_ranks(-wish.code())
                 last = progress.step == total
                 if last or _due(progress.step, run.train.eval_every):
-                    evaluate(run, engine, progress, corpora, journal)
-                if last or stopping or _due(progress.step, run.checkpoint.every):
+                    clock.enter("evaluation", progress.step)
+                    saver.evaluated(progress.step, evaluate(run, engine, progress, corpora, journal))
+                due = saver.due(progress.step, journal)
+                if last or stopping or due:
+                    clock.enter("save", progress.step)
                     saver.save(progress, journal)
-                if stopping:
-                    break
-        journal.ended(progress.step, finished=progress.step >= total)
+            saver.finish(journal)
+            watchdog.ending = "finished" if progress.step >= total else "stopped"
+            journal.ended(progress.step, finished=progress.step >= total)
+            if mesh.rank == 0:
+                _tell_outcome(out, "done" if progress.step >= total else stop.CAUSES[stopping - 1], progress.step)
+    if mesh.rank == 0 and (split := goodput(out, mtbf_hours=run.checkpoint.mtbf_hours)) is not None:
+        print("\n".join(goodput_lines(split)))
 
 
-def step(run: Run, engine: Engine, progress: Progress, batches: Iterator[list[Batch]], journal: Journal) -> Step:
+def _tell_outcome(out: Path, cause: outcome.Cause, step: int) -> None:
+    """Leave word that the run is saved, and why it ended; the wish to stop, if there was one, is fulfilled."""
+    word = outcome.ended("finished" if cause == "done" else "stopped", cause, rank=0, step=step)
+    outcome.write_rank(outcome.attempt_folder(out), word)
+    stop.forget(out)
+
+
+def step(run: Run, engine: Engine, progress: Progress, feed: Feed, journal: Journal, clock: Clock) -> Step:
     """One optimizer step: the next micro-batches, the engine, the record."""
+    clock.enter("data", progress.step + 1)
     began = time.perf_counter()
-    micro_batches = next(batches)
-    waited = time.perf_counter() - began
+    micro_batches = next(feed)
+    clock.enter(clock.computing(progress.step + 1), progress.step + 1)
     context = run.model.context
     size = run.train.batch_at(progress.tokens(context))
     tokens = progress.tokens(context) + size * context
     lr = learning_rate(run.optim, tokens=tokens, total_tokens=run.train.tokens)
     if _due(progress.step, run.train.guard_every):
         engine.check_agreement(micro_batches)
-    done = engine.train_batch(micro_batches, lr=lr, count=size // (run.train.micro_batch * engine.mesh.data))
+    train = train_twice if _due(progress.step, run.heal.recompute_every) else Engine.train_batch
+    done = train(engine, micro_batches, lr=lr, count=size // (run.train.micro_batch * engine.mesh.data))
     progress.step += 1
     progress.cursor = progress.cursor.advanced(size)
     seconds = time.perf_counter() - began
@@ -109,22 +116,15 @@ def step(run: Run, engine: Engine, progress: Progress, batches: Iterator[list[Ba
         sequences=size,
         lr=lr,
         seconds=seconds,
-        waited=waited,
+        waited=feed.waited,
         documents=document_lengths(micro_batches),
     )
     return done
 
 
-def _refuse_divergence(done: Step, step: int, root: Path) -> None:
-    if not math.isfinite(done.loss + done.grad_norm) and not done.skipped:
-        raise UserError(
-            f"step {step:,} has loss {done.loss:g} and gradient norm {done.grad_norm:g}: the run has diverged.",
-            f"Checkpoints under {root} are from before; continue with a lower optim.lr.",
-        )
-
-
-def evaluate(run: Run, engine: Engine, progress: Progress, corpora: list[Corpus], journal: Journal) -> None:
-    """The loss on held-out documents of every corpus."""
+def evaluate(run: Run, engine: Engine, progress: Progress, corpora: list[Corpus], journal: Journal) -> float:
+    """The loss on held-out documents of every corpus; returns their mean."""
+    losses = []
     for corpus in corpora:
         result = evaluate_corpus(
             engine.eval_batch,
@@ -139,107 +139,53 @@ def evaluate(run: Run, engine: Engine, progress: Progress, corpora: list[Corpus]
             reads=engine.mesh.reads_data,
         )
         journal.evaluation(result, step=progress.step, tokens=progress.tokens(run.model.context))
+        losses.append(result.loss)
+    return sum(losses) / len(losses)
 
 
-class Saver:
-    """The checkpoints of one attempt at a run."""
+class Feed:
+    """The replica's micro-batches of each step, read ahead by a thread; none between the first and the last stage."""
 
-    def __init__(self, run: Run, out: Path, engine: Engine) -> None:
-        self.root = out / "checkpoints"
-        self._run = run
-        self._engine = engine
-        self._generation = 0
+    def __init__(self, run: Run, corpora: list[Corpus], engine: Engine) -> None:
+        self._run, self._corpora, self._engine = run, corpora, engine
+        self._open = contextlib.ExitStack()
+        self._batches: Iterator[list[Batch]] = iter(())
+        self.waited = 0.0
+        """Seconds that the last step's micro-batches took to come."""
 
-    def resume(self, corpora: list[Corpus], journal: Journal) -> Progress:
-        """Load the newest undamaged checkpoint, if there is one, and begin a new attempt from it."""
-        mesh, run = self._engine.mesh, self._run
-        manifest, faults = newest_valid(self.root, rank=mesh.rank, ranks=mesh.world_size)
-        for fault in faults:
-            journal.warn(f"{fault}; an older checkpoint is used, and the steps since are computed again.")
-        step, cursor = 0, None
-        if manifest is not None:
-            check_model(manifest, self._engine.shapes())
-            load(manifest, self._engine.held())
-            self._engine.restored(manifest.header["counters"])
-            step, cursor = manifest.header["step"], manifest.header["cursor"]
-        generation = lineage.begin(self.root, manifest.commit if manifest else None) if mesh.rank == 0 else 0
-        self._generation = -ranks.lowest_over_ranks(-generation)
-        return Progress(step, _cursor(run, corpora, cursor))
+    def __enter__(self) -> Feed:
+        return self
 
-    def save(self, progress: Progress, journal: Journal) -> None:
-        """Commit the run as it stands, then delete what retention does not keep."""
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._open.close()
+
+    def __next__(self) -> list[Batch]:
         began = time.perf_counter()
-        mesh = self._engine.mesh
-        journal.sync()
-        folder = lineage.commit_folder(self.root, self._generation, progress.step)
-        save(folder, self._engine.owned(), header=self._header(progress), rank=mesh.rank, ranks=mesh.world_size)
-        if mesh.rank == 0:
-            lineage.retain(self.root, self._run.checkpoint.keep)
-        journal.saved(progress.step, folder, seconds=time.perf_counter() - began)
+        batches = next(self._batches)
+        self.waited = time.perf_counter() - began
+        return batches
 
-    def _header(self, progress: Progress) -> dict[str, Any]:
-        mesh = self._engine.mesh
-        return {
-            "megagpt": __version__,
-            "step": progress.step,
-            "tokens": progress.tokens(self._run.model.context),
-            "cursor": progress.cursor.to_dict(),
-            "counters": self._engine.counters(),
-            "mesh": {"data": mesh.data, "pipeline": mesh.pipeline, "tensor": mesh.tensor},
-            "run": to_toml(self._run),
-        }
-
-
-def _cursor(run: Run, corpora: list[Corpus], saved: dict[str, Any] | None) -> Cursor:
-    """Where the run stands in its data, with the mixture that it has now; without a saved cursor, at the beginning."""
-    context, packing = run.model.context, run.data.packing
-    window = run.data.window
-    sources = [source(corpus, context=context, packing=packing, windowed=window is not None) for corpus in corpora]
-    weights = dict(zip(sources, run.data.mixture.values(), strict=True))
-    if saved is None:
-        cursor = order.start(seed=run.seed, context=context, packing=packing, weights=weights, window=window)
-    else:
-        cursor = _same_stream(Cursor.from_dict(saved), run).with_mixture(weights)
-    cursor = dataclasses.replace(cursor, max_epochs=run.data.max_epochs)
-    cursor.check_repetition(sequences_of(run))
-    return cursor
-
-
-def _same_stream(cursor: Cursor, run: Run) -> Cursor:
-    """Refuse settings that would make another stream of a run that has begun, where its place means nothing."""
-    settings = {
-        "seed": (cursor.seed, run.seed),
-        "model.context": (cursor.context, run.model.context),
-        "data.packing": (cursor.packing, run.data.packing),
-        "data.window": (cursor.window, run.data.window),
-    }
-    for name, (was, now) in settings.items():
-        if was != now:
-            raise UserError(
-                f"{name} = {now} differs from the {was} that the run began with, and decides what it has read.",
-                f"Continue with --{name} {was}, or start a new run with another --out.",
-            )
-    return cursor
-
-
-def _batches(
-    run: Run, corpora: list[Corpus], progress: Progress, engine: Engine
-) -> Prefetched[list[Batch]] | Generator[list[Batch], None, None]:
-    """The replica's micro-batches of each step; none on a rank between the first and the last stage."""
-    if not engine.mesh.reads_data:
-        return ([] for _ in itertools.repeat(None))
-    context = run.model.context
-    return train_batches(
-        corpora,
-        progress.cursor,
-        global_batch=lambda consumed: run.train.batch_at(consumed * context),
-        micro_batch=run.train.micro_batch,
-        data_rank=engine.mesh.data_rank,
-        data_ranks=engine.mesh.data,
-        document_mask=run.data.document_mask,
-        prefetch=run.data.prefetch,
-        pin=engine.device.type == "cuda",
-    )
+    def start(self, progress: Progress) -> None:
+        """Go on from where the run stands, whatever was read ahead."""
+        self._open.close()
+        run, engine, context = self._run, self._engine, self._run.model.context
+        if not engine.mesh.reads_data:
+            self._batches = ([] for _ in itertools.repeat(None))
+            return
+        batches = train_batches(
+            self._corpora,
+            progress.cursor,
+            global_batch=lambda consumed: run.train.batch_at(consumed * context),
+            micro_batch=run.train.micro_batch,
+            data_rank=engine.mesh.data_rank,
+            data_ranks=engine.mesh.data,
+            document_mask=run.data.document_mask,
+            prefetch=run.data.prefetch,
+            pin=engine.device.type == "cuda",
+        )
+        self._batches = self._open.enter_context(contextlib.closing(batches))
 
 
 def _due(step: int, every: int) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from megagpt import config
+from megagpt.checkpoint.folders import checkpoints_of
 from megagpt.checkpoint.load import Manifest, check_model, newest_valid, weights
 from megagpt.data.corpus import Corpus
 from megagpt.data.tokenizer import Tokenizer, load_tokenizer
@@ -59,10 +60,11 @@ def open_trained(folder: Path) -> Trained:
         raise UserError(
             f"{folder} is not a run's folder: it has no run.toml.", "megagpt train PRESET --out makes one."
         )
-    manifest, _ = newest_valid(folder / "checkpoints")
+    run = config.load(str(folder / "run.toml"))
+    manifest, _ = newest_valid(checkpoints_of(run.checkpoint, folder))
     if manifest is None:
         raise UserError(f"{folder} has no checkpoint yet.", "The first one comes after checkpoint.every steps.")
-    return Trained(folder, config.load(str(folder / "run.toml")), manifest)
+    return Trained(folder, run, manifest)
 
 
 def default_device() -> torch.device:

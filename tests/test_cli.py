@@ -102,7 +102,15 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(folder, corpora, tmp_path, 
 
 def test_a_run_leaves_its_settings_records_samples_and_report(folder):
     names = {path.name for path in (folder / "runs/mine").iterdir()}
-    expected = {"run.toml", "metrics.jsonl", "evaluations.jsonl", "events.jsonl", "checkpoints", "report.html"}
+    expected = {
+        "run.toml",
+        "metrics.jsonl",
+        "evaluations.jsonl",
+        "events.jsonl",
+        "checkpoints",
+        "attempts",
+        "report.html",
+    }
     assert expected | {"samples.json", "tokenizer.json"} == names
 
 

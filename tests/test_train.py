@@ -13,6 +13,7 @@ import pytest
 
 from megagpt import config
 from megagpt.checkpoint import lineage
+from megagpt.checkpoint.folders import Folder, folder_at
 from megagpt.config import Checkpoint, Data, Model, Optim, Parallel, Run, Train
 from megagpt.parallel import ranks
 
@@ -43,7 +44,7 @@ def fit(run: Run, out: Path, *, before: Any = None) -> int:
         fit_rank(run, out)
 
     out.mkdir(exist_ok=True)
-    return ranks.run_local(work, run.parallel.world_size())
+    return ranks.run_local(work, run.parallel.world_size(), out)
 
 
 def records(out: Path, name: str = "metrics") -> list[dict[str, Any]]:
@@ -117,7 +118,7 @@ def test_all_zero_stages_and_one_rank_train_alike(corpora, straight, tmp_path):
 def test_a_run_told_to_stop_saves_and_exits_well_and_continues_bit_for_bit(corpora, straight, tmp_path):
     run = run_of(corpora)
     assert fit(run, tmp_path, before=kill_at(4, rank=1, number=signal.SIGTERM)) == 0
-    newest = next(lineage.commits(tmp_path / "checkpoints"))
+    newest = next(lineage.commits(folder_at(tmp_path / "checkpoints")))
     assert newest.step in (4, 5)  # agreed at the end of the step in which the signal came
     assert records(tmp_path, "events")[-1]["event"] == "stopped"
     assert fit(run, tmp_path) == 0
@@ -128,20 +129,44 @@ def test_a_kill_while_saving_leaves_the_checkpoint_before(corpora, straight, tmp
     def plant() -> None:
         import megagpt.checkpoint.save as module
 
-        commit = module._commit
+        commit = module.commit
 
-        def dies(folder: Path, *arguments: Any) -> None:
-            if folder.name.endswith("6"):
+        def dies(folder: Folder, *arguments: Any) -> None:
+            if str(folder).endswith("6"):
                 os.kill(os.getpid(), signal.SIGKILL)
             commit(folder, *arguments)
 
-        module._commit = dies
+        module.commit = dies
 
     run = run_of(corpora)
     assert fit(run, tmp_path, before=plant) == 128 + signal.SIGKILL
-    assert next(lineage.commits(tmp_path / "checkpoints")).step == 3
+    assert next(lineage.commits(folder_at(tmp_path / "checkpoints"))).step == 3
     assert fit(run, tmp_path) == 0
     assert losses(tmp_path) == losses(straight[1])
+
+
+def test_a_run_that_saves_in_the_background_and_is_killed_while_it_does_continues_bit_for_bit(
+    corpora, straight, tmp_path
+):
+    def plant() -> None:
+        import megagpt.checkpoint.background as module
+
+        write = module.write_part
+
+        def dies(folder: Folder, *arguments: Any) -> None:
+            if str(folder).endswith("6") and ranks.rank() == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            write(folder, *arguments)
+
+        module.write_part = dies
+
+    run = run_of(corpora)
+    run = dataclasses.replace(run, checkpoint=dataclasses.replace(run.checkpoint, asynchronous=True))
+    assert fit(run, tmp_path, before=plant) == 128 + signal.SIGKILL
+    assert next(lineage.commits(folder_at(tmp_path / "checkpoints"))).step == 3
+    assert fit(run, tmp_path) == 0
+    assert losses(tmp_path) == losses(straight[1])
+    assert next(lineage.commits(folder_at(tmp_path / "checkpoints"))).step == records(tmp_path)[-1]["step"]
 
 
 def test_a_finished_run_started_again_does_nothing(corpora, straight, tmp_path):
@@ -200,5 +225,5 @@ def test_a_setting_that_decides_what_was_read_cannot_change_in_mid_run(corpora, 
 
 def test_a_diverged_run_stops_with_the_step_and_the_remedy(corpora, tmp_path, capfd):
     run = run_of(corpora, optim=Optim(lr=1e30, clip_norm=0.0), parallel=Parallel(data=1))
-    assert fit(run, tmp_path) == 2
+    assert fit(run, tmp_path) == 1
     assert "the run has diverged" in capfd.readouterr().err

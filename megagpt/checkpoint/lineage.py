@@ -2,7 +2,7 @@
 
     checkpoints/gen-0001/start.json              an attempt, and the commit that it began with
     checkpoints/gen-0001/step-000000060/...      its commits
-    checkpoints/gen-0002/start.json              the next attempt: {"parent": {"generation": 1, "step": 60}}
+    checkpoints/gen-0002/start.json              the next attempt: {..., "parent": {"generation": 1, "step": 60}}
 
 An attempt takes its number by creating start.json exclusively. A reader takes the newest commit of the highest
 generation, else goes to that generation's parent and looks there from the parent's step downwards, and so on. Whatever
@@ -12,14 +12,12 @@ no lock, no clock, and no `latest` file that could move backwards.
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
+from typing import Any
 
-from megagpt.files import sync_folder
+from megagpt.checkpoint.folders import Folder, sealed, unsealed
 
 MANIFEST = "manifest.json"
 START = "start.json"
@@ -31,61 +29,77 @@ class Commit:
 
     generation: int
     step: int
-    folder: Path
+    folder: Folder = field(compare=False)
 
     def __str__(self) -> str:
         return f"{self.folder}"
 
 
-def commits(root: Path) -> Iterator[Commit]:
+@dataclass(frozen=True)
+class Unusable:
+    """A place where a commit or its ancestry should have been read, and could not."""
+
+    fault: str
+
+
+def commits(root: Folder) -> Iterator[Commit]:
     """The commits that the newest attempt descends from, newest first."""
-    generation, limit = max(_generations(root), default=0), None
+    return (found for found in history(root) if isinstance(found, Commit))
+
+
+def history(root: Folder) -> Iterator[Commit | Unusable]:
+    """The same, with whatever on the way is incomplete or damaged.
+
+    An attempt whose start.json is lost descends, as far as anyone can tell, from all that the one before it committed.
+    """
+    known = _generations(root)
+    generation, limit = max(known, default=0), None
     while generation:
         folder = root / _generation_name(generation)
-        for step in sorted(_steps(folder), reverse=True):
-            if limit is None or step <= limit:
-                yield Commit(generation, step, folder / _step_name(step))
-        parent = json.loads((folder / START).read_text())["parent"]
-        generation, limit = (parent["generation"], parent["step"]) if parent else (0, None)
-
-
-def begin(root: Path, parent: Commit | None) -> int:
-    """Start a new attempt that continues from `parent`, or from the initial weights; returns its generation."""
-    root.mkdir(parents=True, exist_ok=True)
-    content = {"parent": {"generation": parent.generation, "step": parent.step} if parent else None}
-    generation = max(_generations(root), default=0)
-    while True:
-        generation += 1
-        folder = root / _generation_name(generation)
-        folder.mkdir(exist_ok=True)
-        temporary = folder / f".{START}.{os.getpid()}"
-        temporary.write_text(json.dumps(content))
+        steps = [step for step in _steps(folder) if limit is None or step <= limit]
+        for step in sorted(steps, reverse=True):
+            place = folder / _step_name(step)
+            if place.exists(MANIFEST):
+                yield Commit(generation, step, place)
+            else:
+                yield Unusable(f"{place}/{MANIFEST} is missing: its save was interrupted, or the file is lost")
         try:
-            os.link(temporary, folder / START)  # fails if it exists: of two attempts one takes the number, whole
-        except FileExistsError:
-            continue
-        finally:
-            temporary.unlink()
-        sync_folder(folder)
-        sync_folder(root)
-        return generation
+            parent = unsealed(folder.read(START))["parent"]
+            generation, limit = (parent["generation"], parent["step"]) if parent else (0, None)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            if steps or folder.exists(START):  # else the attempt never began
+                yield Unusable(f"{folder}/{START} cannot be read: {error}")
+            generation, limit = max((other for other in known if other < generation), default=0), None
 
 
-def commit_folder(root: Path, generation: int, step: int) -> Path:
+def begin(root: Folder, parent: Commit | None) -> int:
+    """Start a new attempt that continues from `parent`, or from the initial weights; returns its generation."""
+    content: dict[str, Any] = {"parent": {"generation": parent.generation, "step": parent.step} if parent else None}
+    generation = max(_generations(root), default=0) + 1
+    while not (root / _generation_name(generation)).create(START, sealed(content)):
+        generation += 1
+    return generation
+
+
+def commit_folder(root: Folder, generation: int, step: int) -> Folder:
     """Where attempt `generation` saves `step`."""
     return root / _generation_name(generation) / _step_name(step)
 
 
-def retain(root: Path, keep: int) -> None:
-    """Delete all but the newest `keep` commits of the lineage (at least one), and what interrupted saves left."""
-    kept = list(commits(root))[: max(1, keep)]
-    newest = kept[0] if kept else None
+def retain(root: Folder, *, keep: int, always: set[int] | frozenset[int] = frozenset()) -> None:
+    """Delete what interrupted saves left and all commits of the lineage but the newest `keep` (at least one) and those
+    whose steps are in `always`. What is above the newest is left alone: it may be being written.
+    """
+    lineage = list(commits(root))
+    kept = {(commit.generation, commit.step) for commit in lineage if commit.step in always}
+    kept |= {(commit.generation, commit.step) for commit in lineage[: max(1, keep)]}
+    newest = max(kept, default=(0, 0))
     for generation in _generations(root):
-        for folder in (root / _generation_name(generation)).glob("step-*"):
-            later = newest is None or (generation, int(folder.name[5:])) > (newest.generation, newest.step)
-            if not later and folder not in [commit.folder for commit in kept]:
-                (folder / MANIFEST).unlink(missing_ok=True)  # first: a half-deleted checkpoint is no checkpoint
-                shutil.rmtree(folder)
+        folder = root / _generation_name(generation)
+        for step in _steps(folder):
+            if (generation, step) < newest and (generation, step) not in kept:
+                (folder / _step_name(step)).delete_file(MANIFEST)  # first: a half-deleted one is no checkpoint
+                (folder / _step_name(step)).delete()
 
 
 def _generation_name(generation: int) -> str:
@@ -96,9 +110,13 @@ def _step_name(step: int) -> str:
     return f"step-{step:09d}"
 
 
-def _generations(root: Path) -> list[int]:
-    return [int(path.parent.name[4:]) for path in root.glob(f"gen-*/{START}")]
+def _generations(root: Folder) -> list[int]:
+    return _numbers(root, r"gen-(\d{4,})")
 
 
-def _steps(folder: Path) -> list[int]:
-    return [int(path.parent.name[5:]) for path in folder.glob(f"step-*/{MANIFEST}")]
+def _steps(folder: Folder) -> list[int]:
+    return _numbers(folder, r"step-(\d{9,})")
+
+
+def _numbers(folder: Folder, pattern: str) -> list[int]:
+    return [int(found.group(1)) for name in folder.names() if (found := re.fullmatch(pattern, name))]

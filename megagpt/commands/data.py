@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from tyro.conf import Positional
 
+from megagpt.checkpoint.folders import checkpoints_of
 from megagpt.checkpoint.lineage import commits
 from megagpt.checkpoint.load import read_manifest
 from megagpt.config import Run, load
@@ -198,7 +199,7 @@ def open_run(out: Path) -> tuple[Run, Cursor, list[Corpus]]:
     """A run's settings, the newest state of its data (as it begins, before any checkpoint) and its corpora."""
     run = load(str(out / "run.toml"))
     corpora = [open_corpus(Path(folder)) for folder in run.data.mixture]
-    for commit in commits(out / "checkpoints"):
+    for commit in commits(checkpoints_of(run.checkpoint, out)):
         return run, Cursor.from_dict(read_manifest(commit).header["cursor"]), corpora
     return run, beginning(run, corpora), corpora
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,16 +30,18 @@ def train_defaults(preset: str) -> Train:
     """The options of `megagpt train PRESET` before any flag."""
     run = config.load(preset)
     path = Path(preset)
-    name = path.parent.name if path.name == "run.toml" else path.stem
+    name = path.parent.name if path.name == "run.toml" else path.name.removesuffix(".toml")
     return Train(**_fields(run), out=Path("runs") / (name or "run"))
 
 
 def run_train(options: Train, *, preset: str = "") -> int:
     """Train on the ranks of a launcher, or on local ones started here; then, there, write samples and the report."""
-    from megagpt.parallel import ranks
+    from megagpt.parallel import launcher, ranks
 
+    launcher.adopt_slurm()
+    began = time.time()
     run = checked(config.Run(**_fields(options)))
-    if ranks.launched():
+    if launcher.launched():
         check_world(run, ranks.world_size())
     if ranks.rank() == 0:
         for cost in costs_of(run):
@@ -49,10 +52,9 @@ def run_train(options: Train, *, preset: str = "") -> int:
     if options.dry_run:
         show_plan(run, options.out)
         return 0
-    if ranks.launched():
-        _fit(run, options.out)
-        return 0
-    status = ranks.run_local(lambda: _fit(run, options.out), run.parallel.world_size())
+    if launcher.launched():
+        ranks.run_launched(lambda: _fit(run, options.out, began), options.out)
+    status = ranks.run_local(lambda: _fit(run, options.out, began), run.parallel.world_size(), options.out)
     if status == 0:
         finish(run, options.out)
     return status
@@ -95,10 +97,10 @@ def _fields(tree: config.Run) -> dict[str, Any]:
     return {spec.name: getattr(tree, spec.name) for spec in dataclasses.fields(config.Run)}
 
 
-def _fit(run: config.Run, out: Path) -> None:
+def _fit(run: config.Run, out: Path, began: float) -> None:
     from megagpt.train import fit
 
-    fit(run, out)
+    fit(run, out, began=began)
 
 
 def prepare(run: config.Run, out: Path, *, write: bool) -> None:
@@ -127,9 +129,10 @@ def prepare(run: config.Run, out: Path, *, write: bool) -> None:
 
 def _refuse_other_model(run: config.Run, out: Path) -> None:
     """Compare shapes with the folder's newest checkpoint, on torch's meta device."""
+    from megagpt.checkpoint.folders import checkpoints_of
     from megagpt.checkpoint.lineage import commits
 
-    newest = next(commits(out / "checkpoints"), None)
+    newest = next(commits(checkpoints_of(run.checkpoint, out)), None)
     if newest is None:
         return
     import torch

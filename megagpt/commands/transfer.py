@@ -61,7 +61,7 @@ def run_import(options: Import) -> int:
     tokenizer = load_tokenizer(options.folder)
     run = replace(config.Run(), model=model)
     options.out.mkdir(parents=True)
-    _save_first(run, weights, options.out)
+    save_first(run, weights, options.out)
     write_whole(options.out / "tokenizer.json", tokenizer.definition)
     write_whole(options.out / "run.toml", config.to_toml(run))  # last: with it the folder is a run
     print(
@@ -71,12 +71,13 @@ def run_import(options: Import) -> int:
     return 0
 
 
-def _save_first(run: config.Run, weights: Iterable[tuple[str, Tensor]], out: Path) -> None:
-    """Commit the weights as step 0, with moments of zero."""
+def save_first(run: config.Run, weights: Iterable[tuple[str, Tensor]], out: Path) -> None:
+    """Commit the weights, which are read once, as step 0 of a new run, with moments of zero."""
     import torch
 
     from megagpt.checkpoint import lineage
     from megagpt.checkpoint.boxes import Box
+    from megagpt.checkpoint.folders import folder_at
     from megagpt.checkpoint.save import save
     from megagpt.parallel.state import Slice
 
@@ -85,7 +86,7 @@ def _save_first(run: config.Run, weights: Iterable[tuple[str, Tensor]], out: Pat
         box = Box((0,) * value.dim(), shape)
         return Slice(name, shape, box, weight, torch.zeros_like(weight), torch.zeros_like(weight))
 
-    root = out / "checkpoints"
+    root = folder_at(out / "checkpoints")
     header = {"step": 0, "tokens": 0, "cursor": None, "counters": {"optimizer_steps": 0, "loss_scaler": {}}}
     folder = lineage.commit_folder(root, lineage.begin(root, None), 0)
     parts = [whole(name, value) for name, value in weights]

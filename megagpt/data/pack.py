@@ -47,12 +47,12 @@ class Sequences(Protocol):
         """Indices into the row, above 0, at which another document begins, ascending."""
         ...
 
-    def pieces(self, sequence: int) -> list[tuple[int, int]]:
-        """(position in the split, length) of the runs of tokens that the row holds."""
-        ...
-
     def ask(self, sequence: int) -> int:
         """Have it fetched, if it is remote; about how many bytes that takes."""
+        ...
+
+    def pieces(self, sequence: int) -> list[tuple[int, int]]:
+        """(position in the split, length) of the runs of tokens that the row holds."""
         ...
 
 
@@ -73,13 +73,13 @@ class Chunks:
         start = sequence * self.context
         return self.split.seams(start, min(start + self.context + 1, self.split.tokens))
 
-    def pieces(self, sequence: int) -> list[tuple[int, int]]:
-        start = sequence * self.context
-        return [(start, min(self.context + 1, self.split.tokens - start))]
-
     def ask(self, sequence: int) -> int:
         start = sequence * self.context
         return self.split.ask(start, start + self.context + 1)
+
+    def pieces(self, sequence: int) -> list[tuple[int, int]]:
+        start = sequence * self.context
+        return [(start, min(self.context + 1, self.split.tokens - start))]
 
 
 class BestFit:
@@ -103,14 +103,14 @@ class BestFit:
     def seams(self, sequence: int) -> list[int]:
         return list(accumulate(self._piece_length[self._row_first[sequence] : self._row_first[sequence + 1] - 1]))
 
-    def pieces(self, sequence: int) -> list[tuple[int, int]]:
-        pieces = slice(self._row_first[sequence], self._row_first[sequence + 1])
-        return list(zip(self._piece_start[pieces], self._piece_length[pieces], strict=True))
-
     def ask(self, sequence: int) -> int:
         pieces = slice(self._row_first[sequence], self._row_first[sequence + 1])
         spans = zip(self._piece_start[pieces], self._piece_length[pieces], strict=True)
         return sum(self.split.ask(start, start + length) for start, length in spans)
+
+    def pieces(self, sequence: int) -> list[tuple[int, int]]:
+        pieces = slice(self._row_first[sequence], self._row_first[sequence + 1])
+        return list(zip(self._piece_start[pieces], self._piece_length[pieces], strict=True))
 
 
 def open_sequences(corpus: Corpus, split: str, *, context: int, packing: Packing) -> Sequences:

@@ -7,13 +7,15 @@ The loss is the mean over all unmasked target tokens of the global batch, howeve
 
 DeepSpeed averages gradients over the data-parallel ranks, so each micro-batch's sum is scaled by replicas / tokens.
 The global norm of the gradient is summed over the elements that ranks own, each of them one element of the model; the
-clipping by it happens in AdamW's hook, the same on every ZeRO stage and layout.
+clipping by it happens inside AdamW, the same on every ZeRO stage and layout. A loss or gradient that is not finite on
+any rank makes the norm such, on all of them and before the update: AdamW then takes no step.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +30,7 @@ from megagpt.mesh import Groups, Mesh, groups_of
 from megagpt.parallel import guard, ranks, state
 from megagpt.parallel.pipeline import Pipeline, stage_bounds
 from megagpt.parallel.place import Part, Placed, part_of, whole_shapes
+from megagpt.parallel.stopwatch import Stopwatch
 from megagpt.parallel.whole import Axes, Whole
 from megagpt.parallel.zero import deepspeed_config
 
@@ -45,9 +48,13 @@ class Step:
     tokens: int
     """Unmasked target tokens of the global batch."""
     skipped: bool
-    """fp16: the gradients overflowed, so the weights did not change."""
+    """The loss or a gradient was not a finite number, so weights and moments did not change."""
+    seen_by: int | None
+    """If skipped: the lowest rank whose own loss or gradients were not finite, if one's were not."""
     loss_scale: float
     """fp16's loss scale that the step used; 1 elsewhere."""
+    next_loss_scale: float
+    """The one that the next step will use."""
 
 
 class Engine:
@@ -61,11 +68,11 @@ class Engine:
         self.device = torch.device("cuda", torch.cuda.current_device()) if ranks.gpu_present() else torch.device("cpu")
         self._shapes = whole_shapes(run.model)
         self._tied = run.model.tied
-        self._clip = _Clip(run.optim)
+        self._update = _Update(run.optim)
         config = deepspeed_config(run)
         self._part = part = _part(run, mesh, self.groups, config, self.device)
         self.placed = part.placed
-        optimizer = _adamw(part.placed, run.optim, self._clip)
+        optimizer = _adamw(part.placed, run.optim, self._update)
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints reports that nobody asked for
             if mesh.pipeline > 1:
                 self._driver = Pipeline(part, run.model, mesh, self.groups, config=config, optimizer=optimizer)
@@ -73,6 +80,7 @@ class Engine:
                 self._driver = Whole(part.gpt(), mesh, self.groups, config=config, optimizer=optimizer)
         self._engine: Any = self._driver.engine
         state.create(self._engine)
+        self._stopwatch = Stopwatch(self._engine.module, self.device)
 
     def train_batch(
         self,
@@ -87,6 +95,26 @@ class Engine:
         A rank for which `mesh.reads_data` is false passes none, and their number as `count`. `observe` gets the
         gradients that this rank answers for, before clipping.
         """
+        return self._pass(micro_batches, lr=lr, count=count, take_step=True, observe=observe)
+
+    def rehearse(
+        self, micro_batches: Sequence[Batch], *, count: int | None, observe: Callable[[list[state.Gradient]], None]
+    ) -> Step:
+        """Compute a step as `train_batch` does, and take none: nothing that a later step depends on changes."""
+        before = self.counters()
+        done = self._pass(micro_batches, lr=0.0, count=count, take_step=False, observe=observe)
+        state.set_counters(self._engine, before)
+        return done
+
+    def _pass(
+        self,
+        micro_batches: Sequence[Batch],
+        *,
+        lr: float,
+        count: int | None,
+        take_step: bool,
+        observe: Callable[[list[state.Gradient]], None] | None,
+    ) -> Step:
         batches = [batch.to(self.device) for batch in micro_batches]
         tokens = self._over_replicas(sum((_targets(batch) for batch in batches), self._zero()))
         for group in state.adamw(self._engine).param_groups:
@@ -96,14 +124,16 @@ class Engine:
             batches,
             count or len(batches),
             scale=own_scale * self.mesh.data / float(tokens),
-            before_step=lambda: self._before_step(loss_scale, observe),
+            before_step=lambda own_loss: self._before_step(own_loss, loss_scale, take_step, observe),
         )
         return Step(
             loss=float(self._over_replicas(loss_sum) / tokens),
-            grad_norm=self._clip.norm,
+            grad_norm=self._update.norm,
             tokens=int(tokens),
-            skipped=self._engine.fp16_enabled() and bool(self._engine.optimizer.overflow),
+            skipped=self._update.skipped,
+            seen_by=self._update.seen_by,
             loss_scale=loss_scale,
+            next_loss_scale=state.loss_scale(self._engine),
         )
 
     def eval_batch(self, batch: Batch) -> Tensor:
@@ -117,10 +147,14 @@ class Engine:
         return loss
 
     def check_agreement(self, micro_batches: Sequence[Batch]) -> None:
-        """Raise UserError on every rank unless ranks that must read the same, or hold the same weights, do."""
+        """Raise UserError or RunFailure on every rank unless ranks that must read or hold the same do."""
         guard.check_batches(micro_batches, self.mesh, self.device)
         stage = self._engine.zero_optimization_stage()
         guard.check_weights(self.placed, self.mesh, self.groups, zero_stage=stage, tied=self._tied)
+
+    def forward_seconds(self) -> float:
+        """What this rank's layers took in the forward passes of training since the last call."""
+        return self._stopwatch.seconds()
 
     def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
         """The modules of this rank's stage by their names in the whole model, in forward order."""
@@ -157,12 +191,25 @@ class Engine:
         dist.all_reduce(value)
         return value
 
-    def _before_step(self, loss_scale: float, observe: Callable[[list[state.Gradient]], None] | None) -> None:
-        """With the gradients complete, and before DeepSpeed uses them: their global norm, for the clipping."""
+    def _before_step(
+        self,
+        own_loss: Tensor,
+        loss_scale: float,
+        take_step: bool,
+        observe: Callable[[list[state.Gradient]], None] | None,
+    ) -> None:
+        """With the gradients complete, and before DeepSpeed uses them: their global norm, and what AdamW is to do."""
         found = state.gradients(self._engine, self.placed, self.mesh)
         if observe is not None:
             observe([(name, box, gradient / loss_scale) for name, box, gradient in found])
-        self._clip.prepare(self.global_norm([gradient for _, _, gradient in found]) / loss_scale)
+        own = [gradient for _, _, gradient in found]
+        dtype = own[0].dtype if own else torch.float32
+        norm = self.global_norm([*own, (0 * own_loss).to(dtype)]) / loss_scale  # of a finite loss 0, else not a number
+        self._update.prepare(norm, take_step=take_step)
+        if self._update.skipped:
+            finite = all(bool(value.isfinite().all()) for value in (own_loss, *own))
+            lowest = ranks.lowest_over_ranks(self.mesh.world_size if finite else self.mesh.rank)
+            self._update.seen_by = lowest if lowest < self.mesh.world_size else None
 
     def global_norm(self, gradients: Sequence[Tensor]) -> float:
         """The norm of all ranks' tensors together, each of which is a part of the model that no other rank has."""
@@ -174,20 +221,24 @@ class Engine:
         return float(total.sqrt())
 
 
-class _Clip:
-    """Clipping by the global norm and then by value, of the gradients that AdamW is about to use."""
+class _Update:
+    """What AdamW is to do with the gradients that it gets: clip them by the global norm and by value, or nothing."""
 
     def __init__(self, optim: Optim) -> None:
         self._largest_norm, self._largest_value = optim.clip_norm, optim.clip_value
         self.norm, self._factor = 0.0, 1.0
+        self.seen_by: int | None = None
+        self.skipped, self.applies = False, True
 
-    def prepare(self, norm: float) -> None:
-        """The next step's gradients have this norm."""
-        self.norm, self._factor = norm, 1.0
+    def prepare(self, norm: float, *, take_step: bool) -> None:
+        """The next step's gradients have this norm; AdamW takes no step if it is not finite, or not `take_step`."""
+        self.norm, self._factor, self.seen_by = norm, 1.0, None
+        self.skipped = not math.isfinite(norm)
+        self.applies = take_step and not self.skipped
         if 0 < self._largest_norm < norm:
             self._factor = self._largest_norm / (norm + 1e-6)
 
-    def hook(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    def clip(self, optimizer: torch.optim.Optimizer) -> None:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         if self._factor < 1 and gradients:
@@ -195,6 +246,21 @@ class _Clip:
         if self._largest_value > 0:
             for gradient in gradients:
                 gradient.clamp_(-self._largest_value, self._largest_value)
+
+
+class _AdamW(torch.optim.AdamW):
+    """AdamW that clips first, and takes no step where `update` says so: all of DeepSpeed's optimizers end here."""
+
+    def __init__(self, groups: Any, update: _Update, **settings: Any) -> None:
+        super().__init__(groups, **settings)
+        self._update = update
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        if not self._update.applies:
+            return None
+        self._update.clip(self)
+        return super().step(closure)
 
 
 def _targets(batch: Batch) -> Tensor:
@@ -219,19 +285,18 @@ def _part(run: Run, mesh: Mesh, groups: Groups, config: dict[str, Any], device: 
     return part_of(run, mesh, groups, bounds=stage_bounds(run.model, mesh.pipeline), make=make, finish=finish)
 
 
-def _adamw(placed: Sequence[Placed], optim: Optim, clip: _Clip) -> torch.optim.AdamW:
+def _adamw(placed: Sequence[Placed], optim: Optim, update: _Update) -> torch.optim.AdamW:
     """AdamW with decay on matrices and embeddings alone. Its rate is set at every step; 0 here, since DeepSpeed steps
     some optimizers once, on zero gradients, to make their state.
     """
     decayed = [part.parameter for part in placed if len(part.shape) > 1]
     others = [part.parameter for part in placed if len(part.shape) <= 1]
     groups = [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    adamw = torch.optim.AdamW(
+    return _AdamW(
         [group for group in groups if group["params"]],
+        update,
         lr=0.0,
         betas=(optim.beta1, optim.beta2),
         eps=optim.eps,
         fused=True,
     )
-    adamw.register_step_pre_hook(clip.hook)
-    return adamw

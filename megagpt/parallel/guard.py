@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megagpt.data.batch import Batch
-from megagpt.errors import UserError
+from megagpt.errors import RunFailure, UserError
 from megagpt.mesh import Groups, Mesh, mesh_like
 from megagpt.parallel.place import Placed
 from megagpt.parallel.ranks import lowest_over_ranks
@@ -58,7 +58,7 @@ def check_batches(batches: Sequence[Batch], mesh: Mesh, device: torch.device) ->
 
 
 def check_weights(placed: Sequence[Placed], mesh: Mesh, groups: Groups, *, zero_stage: int, tied: bool) -> None:
-    """Raise UserError on every rank, the first parameter named by one that sees it, unless all copies are equal."""
+    """Raise RunFailure on every rank, the first parameter named by one that sees it, unless all copies are equal."""
     problem = None
     if zero_stage < 3:
         problem = _difference(placed, groups.data, "data-parallel")
@@ -69,14 +69,17 @@ def check_weights(placed: Sequence[Placed], mesh: Mesh, groups: Groups, *, zero_
         problem = _difference(copies, groups.ends, "first and last stage's") or problem
     seen = lowest_over_ranks(mesh.rank if problem else mesh.world_size)
     if seen < mesh.world_size:
-        raise UserError(
-            problem or f"copies of a weight differ, as rank {seen} found.",
+        odd = lowest_over_ranks(problem[1] if problem else mesh.world_size)
+        raise RunFailure(
+            problem[0] if problem else f"copies of a weight differ, as rank {seen} found.",
             "Continue from a checkpoint, without the nodes of these ranks; if it happens again, it is a bug.",
+            cause="corruption",
+            rank=odd,
         )
 
 
-def _difference(placed: Sequence[Placed], group: Any, kind: str) -> str | None:
-    """The first of these parameters whose copies on the group's ranks are not all equal, in words."""
+def _difference(placed: Sequence[Placed], group: Any, kind: str) -> tuple[str, int] | None:
+    """The first of these parameters whose copies on the group's ranks differ: in words, and the odd rank."""
     if not placed or dist.get_world_size(group) == 1:
         return None
     own = torch.stack([checksum(getattr(part.parameter, "ds_tensor", part.parameter)) for part in placed])
@@ -87,8 +90,10 @@ def _difference(placed: Sequence[Placed], group: Any, kind: str) -> str | None:
         if len(set(values)) > 1:
             ranks = dist.get_process_group_ranks(group)
             common = max(values, key=values.count)
-            others = [str(rank) for rank, value in zip(ranks, values, strict=True) if value != common]
-            return f"{part.name} differs among the {kind} ranks {ranks}: rank {', '.join(others)} from the others."
+            odd = [rank for rank, value in zip(ranks, values, strict=True) if value != common]
+            names = ", ".join(map(str, odd))
+            words = f"{part.name} differs among the {kind} ranks {ranks}: rank {names} from the others."
+            return words, odd[0]
     return None
 
 

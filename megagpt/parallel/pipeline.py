@@ -93,7 +93,7 @@ class Pipeline:
         self._tied = found[0].parameter if model.tied and found else None
         self._scale = 0.0
         self._losses: list[Tensor] = []
-        self._before_step: Callable[[], None] | None = None
+        self._before_step: Callable[[Tensor], None] | None = None
         own = Stage(part.layers[part.first : part.stop])
         stages = [own if stage == mesh.pipeline_rank else nn.Identity() for stage in range(mesh.pipeline)]
         topology = ProcessTopology(axes=["data", "pipe", "model"], dims=[mesh.data, mesh.pipeline, mesh.tensor])
@@ -106,7 +106,9 @@ class Pipeline:
             OptimizerStep: self._optimizer_step,
         }
 
-    def train(self, batches: Sequence[Batch], count: int, *, scale: float, before_step: Callable[[], None]) -> Tensor:
+    def train(
+        self, batches: Sequence[Batch], count: int, *, scale: float, before_step: Callable[[Tensor], None]
+    ) -> Tensor:
         """Forward, backward and update on `count` micro-batches, whose summed losses count times `scale`.
 
         `batches` are needed on the first and last stage only. Returns the sum of losses, fp64, on the last stage; 0 on
@@ -153,5 +155,5 @@ class Pipeline:
 
     def _optimizer_step(self, engine: Any, lr_kwargs: dict[str, Any] | None = None) -> None:
         assert self._before_step is not None
-        self._before_step()
+        self._before_step(self._loss_sum())
         engine._exec_optimizer_step(lr_kwargs)

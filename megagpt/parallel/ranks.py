@@ -21,18 +21,15 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
+from typing import Any, NoReturn
 
+from megagpt import outcome
 from megagpt.errors import UserError
+from megagpt.parallel.launcher import TOKEN, hold_lifeline
 
-RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-FORWARDED = (signal.SIGTERM, signal.SIGINT)
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 GRACE_SECONDS = 5.0
 _PR_SET_PDEATHSIG = 1
-
-
-def launched() -> bool:
-    """Whether a launcher (torchrun, srun, mpirun, ...) started this process as one of several ranks."""
-    return all(name in os.environ for name in RANK_VARIABLES)
 
 
 def rank() -> int:
@@ -43,31 +40,34 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def run_local(work: Callable[[], None], ranks: int) -> int:
+def run_local(work: Callable[[], None], ranks: int, out: Path | None = None) -> int:
     """Run `work` in `ranks` forked processes of this machine and return the exit status of the first that failed.
 
-    SIGTERM and SIGINT go on to every rank, which stop at their next step. A rank that dies takes the others with it,
-    after `GRACE_SECONDS`, and its cause is the last thing printed.
+    Signals go on to every rank, which stop at their next step. A rank that dies takes the others with it, after
+    `GRACE_SECONDS`, and its cause is the last thing printed. The attempt's outcome is written under `out`, if given.
     """
     if not gpu_present():
         import_deepspeed()
         import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 - with torch's compiler: late, and 3 s in each rank
     with tempfile.TemporaryDirectory(prefix="megagpt-") as name:
-        folder = Path(name)
-        children = {rank: _fork(work, rank, ranks, folder) for rank in range(ranks)}
+        meeting = Path(name)
+        attempt = outcome.begin(out) if out else meeting
+        children = {rank: _fork(work, rank, ranks, meeting, attempt) for rank in range(ranks)}
         previous = {number: signal.signal(number, _forward_to(children)) for number in FORWARDED}
         try:
             failed, status = _wait(dict(children))
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+        ended = _verdict(attempt, failed, status)
+        outcome.write(attempt / "outcome.json", ended)
         if status:
-            print(f"megagpt: {_cause(folder, failed, status)}", file=sys.stderr)
+            print(f"megagpt: {ended.message}", file=sys.stderr)
         return status
 
 
-def _fork(work: Callable[[], None], rank: int, ranks: int, folder: Path) -> int:
-    """Start a rank; returns its process id. `folder` is where ranks meet, and leave word of why they died."""
+def _fork(work: Callable[[], None], rank: int, ranks: int, meeting: Path, attempt: Path) -> int:
+    """Start a rank; returns its process id. They meet in one folder, and leave word of their end in the other."""
     sys.stdout.flush()
     sys.stderr.flush()
     parent, child = os.getpid(), os.fork()
@@ -78,34 +78,62 @@ def _fork(work: Callable[[], None], rank: int, ranks: int, folder: Path) -> int:
         _die_with_parent(parent)
         os.setpgid(0, 0)  # the terminal's Ctrl-C reaches the parent alone, which passes it on once
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
-        os.environ.update({name: str(value) for name, value in place.items()}, MEGAGPT_MEETING=str(folder / "meeting"))
+        os.environ.update({name: str(value) for name, value in place.items()})
+        os.environ.update({"MEGAGPT_MEETING": str(meeting / "meeting"), outcome.ATTEMPT: str(attempt.absolute())})
+        status = run_rank(work, attempt)
+    finally:
+        os._exit(status)  # a forked rank must never return into its parent's code
+
+
+def run_rank(work: Callable[[], None], attempt: Path) -> int:
+    """Run a rank's `work`; its exit status. If it fails, its word is left in the attempt's folder."""
+    try:
         work()
-        status = 0
+        return 0
     except UserError as error:
-        status = 2
-        (folder / f"cause-{rank}").write_text(str(error), encoding="utf-8")
+        leave_word(outcome.of_error(error, rank=rank()), attempt)
+        return error.exit_status
     except SystemExit as stop:
-        status = stop.code if isinstance(stop.code, int) else 1
+        return stop.code if isinstance(stop.code, int) else 1
     except KeyboardInterrupt:
-        status = 130
-    except BaseException as error:  # a forked rank must never return into its parent's code
+        return 130
+    except BaseException as error:
         traceback.print_exc()
-        cause = f"rank {rank} died: {type(error).__name__}: {error}"
-        (folder / f"cause-{rank}").write_text(cause, encoding="utf-8")
+        leave_word(outcome.of_error(error, rank=rank()), attempt)
+        return 1
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(status)  # no collective, no destructor and no handler of the parent may run here
 
 
-def _cause(folder: Path, rank: int, status: int) -> str:
-    """Why the first rank that failed did so, in its own words if it left any."""
-    word = folder / f"cause-{rank}"
-    if word.is_file():
-        return word.read_text(encoding="utf-8")
-    if status > 128:
-        return f"rank {rank} was killed by {signal.Signals(status - 128).name}."
-    return f"rank {rank} ended with exit status {status}."
+def run_launched(work: Callable[[], None], out: Path) -> NoReturn:
+    """Run a rank that a launcher started, and end the process: no destructor may wait for ranks that are gone."""
+    with hold_lifeline() or contextlib.nullcontext():
+        status = run_rank(work, outcome.attempt_folder(out))
+        os._exit(status)
+
+
+def leave_word(word: outcome.Outcome, attempt: Path) -> None:
+    """Say why this rank is about to end: in the attempt's folder, and in its own log where it has one."""
+    with contextlib.suppress(OSError):  # a full disk must not hide the cause
+        outcome.write_rank(attempt, word)
+    if "MEGAGPT_MEETING" not in os.environ:
+        print(f"megagpt: {word.message}", file=sys.stderr, flush=True)
+
+
+def _verdict(attempt: Path, first: int, status: int) -> outcome.Outcome:
+    """How the attempt ended, of which rank `first` failed first (status 0: none did)."""
+    found = outcome.words(attempt)
+    if not status:
+        return outcome.verdict(found) or outcome.ended("finished", "done", rank=None)
+    own = outcome.read(attempt / outcome.rank_file(first))
+    if own is None and status > 128:
+        killed = f"rank {first} was killed by {signal.Signals(status - 128).name}."
+        return outcome.ended("failed", "rank_lost", killed, rank=first)
+    if own is not None and own.cause != "peer_lost":
+        return own
+    told = outcome.verdict([word for word in found if word.result == "failed"])
+    return told or outcome.ended("failed", "error", f"rank {first} ended with exit status {status}.", rank=first)
 
 
 def _die_with_parent(parent: int) -> None:
@@ -175,15 +203,25 @@ def join(*, world: int) -> None:
         torch.set_num_threads(max(1, min(share, torch.get_num_threads())))
     else:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    meeting = os.environ.get("MEGAGPT_MEETING")
+    timeout = timedelta(minutes=30)
     dist.init_process_group(
-        "nccl" if on_gpu else "gloo",
-        init_method=f"file://{meeting}" if meeting else "env://",
-        rank=rank(),
-        world_size=world,
-        timeout=timedelta(minutes=30),
+        "nccl" if on_gpu else "gloo", rank=rank(), world_size=world, timeout=timeout, **_meeting(world, timeout)
     )
     deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
+
+
+def _meeting(world: int, timeout: timedelta) -> dict[str, Any]:
+    """Where the ranks meet: forked ones at a file, a supervisor's at a port under its token, others as torch does."""
+    from torch._C._distributed_c10d import PrefixStore, TCPStore
+
+    file, token = os.environ.get("MEGAGPT_MEETING"), os.environ.get(TOKEN)
+    if file:
+        return {"init_method": f"file://{file}"}
+    if not token:
+        return {"init_method": "env://"}
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = TCPStore(host, port, world, is_master=rank() == 0, timeout=timeout, wait_for_workers=False)
+    return {"store": PrefixStore(token, store)}
 
 
 def lowest_over_ranks(value: int) -> int:
@@ -208,6 +246,20 @@ def sum_over_ranks(values: list[float]) -> list[float]:
     sums = torch.tensor(values, dtype=torch.float64, device="cuda" if gpu_present() else "cpu")
     dist.all_reduce(sums)
     return sums.tolist()
+
+
+def values_of_ranks(value: float) -> list[float]:
+    """Every rank's value, by rank; without a process group, the value. Every rank must call it."""
+    import torch
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return [value]
+    device = "cuda" if gpu_present() else "cpu"
+    values = torch.zeros(dist.get_world_size(), dtype=torch.float64, device=device)
+    values[dist.get_rank()] = value
+    dist.all_reduce(values)  # each element has one rank's value, and zeros: exact
+    return values.tolist()
 
 
 def gpu_present() -> bool:

@@ -43,6 +43,11 @@ class Slice:
     exp_avg_sq: Tensor
 
 
+def empty_slice(name: str, shape: tuple[int, ...], box: Box) -> Slice:
+    """A box of a parameter on the CPU, to be filled."""
+    return Slice(name, shape, box, *(torch.empty(box.size, dtype=torch.float32) for _ in range(3)))
+
+
 @dataclass(frozen=True)
 class _Range:
     """Local elements [start, start + n) of a parameter, and tensors [n] that belong to them."""
@@ -110,12 +115,17 @@ def counters(engine: Any) -> dict[str, Any]:
 
 def restore(engine: Any, placed: Sequence[Placed], saved: dict[str, Any]) -> None:
     """Set the counters, and make the weights that the model computes with from the masters."""
+    set_counters(engine, saved)
+    _weights_from_masters(engine, placed)
+
+
+def set_counters(engine: Any, saved: dict[str, Any]) -> None:
+    """What `counters` gave."""
     for values in adamw(engine).state.values():
         values["step"].fill_(saved["optimizer_steps"])
     for name, value in saved["loss_scaler"].items():
         if hasattr(_scaler(engine), name):
             setattr(_scaler(engine), name, value)
-    _weights_from_masters(engine, placed)
 
 
 def loss_scale(engine: Any) -> float:
@@ -241,6 +251,7 @@ def _gradient(engine: Any, placed: Placed) -> _Range | None:
 def _weights_from_masters(engine: Any, placed: Sequence[Placed]) -> None:
     optimizer, stage = engine.optimizer, cut_like(engine)
     if stage == 3:
+        optimizer._partition_all_parameters()  # else what is gathered of the weights before would stay
         for group in range(len(optimizer.fp16_groups)):
             optimizer._reassign_or_swap_out_partitioned_parameters(group)
         if optimizer.persistent_parameters:

@@ -61,7 +61,9 @@ class Whole:
         )
         self.engine: Any = made[0]
 
-    def train(self, batches: Sequence[Batch], count: int, *, scale: float, before_step: Callable[[], None]) -> Tensor:
+    def train(
+        self, batches: Sequence[Batch], count: int, *, scale: float, before_step: Callable[[Tensor], None]
+    ) -> Tensor:
         """Forward, backward and update on the micro-batches, whose summed losses count times `scale`.
 
         Returns the sum of losses, fp64.
@@ -76,7 +78,7 @@ class Whole:
             self.engine.backward(loss * scale, scale_wrt_gas=False)
             loss_sum += loss.detach().double()
             if last:
-                before_step()
+                before_step(loss_sum)
             self.engine.step()
         return loss_sum
 

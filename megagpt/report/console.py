@@ -52,7 +52,8 @@ def step_line(records: Sequence[StepRecord], *, steps: int, seconds_left: float)
     ]
     skipped = sum(record.skipped for record in records)
     if skipped:
-        parts.append((f"  {skipped} skipped, loss scale {last.loss_scale or 0:,.0f}", "yellow"))
+        scale = "" if last.loss_scale is None else f", loss scale {last.loss_scale:,.0f}"
+        parts.append((f"  {skipped} skipped{scale}", "yellow"))
     return Text.assemble(*parts)
 
 

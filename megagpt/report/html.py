@@ -11,6 +11,7 @@ from typing import Any
 from megagpt import __version__, config
 from megagpt.files import write_whole
 from megagpt.report.charts import Series, bar_chart, line_chart, smoothed
+from megagpt.report.goodput import goodput_section
 from megagpt.report.page import SCRIPT, STYLE
 from megagpt.report.summary import RunFiles, Summary, read_run, summarise
 from megagpt.report.text import count, duration, share
@@ -43,6 +44,7 @@ def page(files: RunFiles, summary: Summary) -> str:
             _stats(summary),
             _charts(files),
             _heldout(summary),
+            "" if summary.goodput is None else goodput_section(summary.goodput),
             _samples(files.samples),
             "<h2>Configuration and events</h2>",
             f"<details><summary>run.toml, every setting</summary><pre>{escape(files.toml)}</pre></details>",

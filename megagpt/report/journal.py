@@ -6,7 +6,7 @@ import contextlib
 import resource
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -49,6 +49,7 @@ class Journal:
             every=run.report.every,
         )
         self._files = contextlib.ExitStack()
+        self._records = self._files.enter_context(contextlib.ExitStack())
 
     def __enter__(self) -> Journal:
         return self
@@ -63,8 +64,7 @@ class Journal:
         if not self._speak:
             return
         write_whole(self._out / "run.toml", config.to_toml(self._run))
-        self._metrics = self._files.enter_context(open_metrics(self._out, step))
-        self._evaluations = self._files.enter_context(open_evaluations(self._out, step))
+        self._open_records(step)
         self._events = self._files.enter_context(open_events(self._out))
         self._loggers = open_loggers(self._run, self._out, step)
         for logger in self._loggers:
@@ -77,6 +77,10 @@ class Journal:
         if step:
             self._console.note(f"continuing after step {step:,}, {tokens:,} tokens")
         record_event(self._events, "resumed" if step else "started", step=step, tokens=tokens)
+
+    def _open_records(self, step: int) -> None:
+        self._metrics = self._records.enter_context(open_metrics(self._out, step))
+        self._evaluations = self._records.enter_context(open_evaluations(self._out, step))
 
     def step(
         self,
@@ -143,13 +147,30 @@ class Journal:
         if self._speak:
             self._console.warn(text)
 
+    def note(self, text: str) -> None:
+        if self._speak:
+            self._console.note(text)
+
     def sync(self) -> None:
         """Put every record on disk: to be called before the checkpoint that covers them."""
         if self._speak:
             self._metrics.sync()
             self._evaluations.sync()
 
-    def saved(self, step: int, folder: Path, *, seconds: float) -> None:
+    def event(self, event: str, **details: Any) -> None:
+        """Record what befell the run, with step, rank, cause and action, and tell it."""
+        if self._speak:
+            record_event(self._events, event, **details)
+            rank = "" if details["rank"] is None else f", rank {details['rank']}"
+            self._console.warn(f"step {details['step']:,}{rank}: {event}, {details['cause']}; {details['action']}")
+
+    def went_back(self, step: int) -> None:
+        """The run goes on after `step` again: later records are dropped."""
+        if self._speak:
+            self._records.close()
+            self._open_records(step)
+
+    def saved(self, step: int, folder: object, *, seconds: float) -> None:
         if self._speak:
             record_event(self._events, "checkpoint", step=step, folder=str(folder), seconds=round(seconds, 3))
             self._console.note(f"saved {folder} in {seconds:.1f} s")

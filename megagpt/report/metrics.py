@@ -53,7 +53,7 @@ class StepRecord:
     loss_scale: float | None = None
     """fp16 only."""
     skipped: bool = False
-    """The gradients overflowed in fp16, and the weights stayed as they were."""
+    """The loss or a gradient was not a finite number, and the weights stayed as they were."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +124,12 @@ def record_event(events: Records, event: str, **details: Any) -> None:
     """Append `event` with the time in UTC, and wait until it is on disk."""
     events.append({"time": datetime.now(timezone.utc).isoformat(timespec="seconds"), "event": event, **details})
     events.sync()
+
+
+def append_event(out: Path, event: str, **details: Any) -> None:
+    """Append `event` to `out`/events.jsonl from a process that may not be the one that has it open."""
+    with Records(out / "events.jsonl") as events:
+        record_event(events, event, **details)
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

@@ -47,6 +47,18 @@ polyline.dashes { stroke-width: 1.5; stroke-dasharray: 4 4; }
 .fill { display: block; height: 14px; background: var(--soft); opacity: .55; }
 .own { font-weight: 650; } .own .fill { background: var(--series-1); opacity: 1; }
 .bar .value { text-align: right; }
+.split { display: flex; height: 22px; border-radius: 5px; overflow: hidden; margin: 4px 0 10px; gap: 1px; }
+.piece { min-width: 2px; } .swatch { display: inline-block; width: 10px; height: 10px; border-radius: 2px;
+  margin-right: 8px; }
+.piece.steps, .swatch.steps { background: var(--series-3); }
+.piece.data, .swatch.data { background: color-mix(in srgb, var(--series-3) 45%, var(--card)); }
+.piece.save, .swatch.save { background: var(--series-1); }
+.piece.evaluation, .swatch.evaluation { background: color-mix(in srgb, var(--series-1) 45%, var(--card)); }
+.piece.start, .swatch.start { background: var(--soft); }
+.piece.compile, .swatch.compile { background: color-mix(in srgb, var(--soft) 45%, var(--card)); }
+.piece.repeated, .swatch.repeated { background: var(--series-2); }
+.piece.hang, .swatch.hang { background: var(--series-4); }
+.piece.lost, .swatch.lost { background: color-mix(in srgb, var(--series-4) 45%, var(--card)); }
 table { border-collapse: collapse; width: 100%; font-size: 14px; }
 th { text-align: left; font-weight: 500; color: var(--soft); font-size: 13px; }
 th, td { padding: 6px 12px 6px 0; border-bottom: 1px solid var(--grid); }

@@ -10,6 +10,7 @@ from typing import Any
 
 from megagpt import config, ledger
 from megagpt.errors import UserError
+from megagpt.heal.goodput import Goodput, goodput
 from megagpt.report.metrics import read_records
 
 LAST_STEPS = 10
@@ -26,6 +27,7 @@ class RunFiles:
     events: list[dict[str, Any]]
     samples: list[dict[str, Any]]
     yardsticks: dict[str, float]
+    goodput: Goodput | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +51,8 @@ class Summary:
     data_wait: float | None
     """Share of these seconds spent waiting for data."""
     yardsticks: dict[str, float]
+    goodput: Goodput | None
+    """The wall time of all attempts, split; None of a run from before megagpt recorded it."""
 
 
 def read_run(out: Path) -> RunFiles:
@@ -57,14 +61,16 @@ def read_run(out: Path) -> RunFiles:
         raise UserError(
             f"{out} is not a run: it holds no run.toml.", "Give the folder that megagpt train --out wrote."
         )
+    run = config.load(str(out / "run.toml"))
     return RunFiles(
-        run=config.load(str(out / "run.toml")),
+        run=run,
         toml=(out / "run.toml").read_text(encoding="utf-8"),
         steps=read_records(out / "metrics.jsonl"),
         evaluations=read_records(out / "evaluations.jsonl"),
         events=read_records(out / "events.jsonl"),
         samples=_json(out / "samples.json", default=[]),
         yardsticks=_json(out / "yardsticks.json", default={}),
+        goodput=goodput(out, mtbf_hours=run.checkpoint.mtbf_hours),
     )
 
 
@@ -87,6 +93,7 @@ def summarise(out: Path, files: RunFiles) -> Summary:
         seconds=seconds,
         data_wait=sum(record["data_wait_seconds"] for record in steps) / seconds if seconds else None,
         yardsticks=files.yardsticks,
+        goodput=files.goodput,
     )
 
 

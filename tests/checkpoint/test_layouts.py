@@ -12,8 +12,9 @@ import torch
 from megagpt import config
 from megagpt.checkpoint import lineage
 from megagpt.checkpoint.boxes import Box
-from megagpt.checkpoint.load import check_model, load, newest_valid, weights
-from megagpt.checkpoint.save import KINDS, save
+from megagpt.checkpoint.folders import folder_at
+from megagpt.checkpoint.load import check_model, load, newest_valid, whole_tensors
+from megagpt.checkpoint.save import save
 from megagpt.config import Run
 from megagpt.mesh import mesh_of
 from megagpt.parallel import ranks
@@ -37,7 +38,7 @@ def go_on(run: Run, root: Path, step: int) -> dict[str, Any]:
     ranks.join(world=run.parallel.world_size())
     mesh = mesh_of(run.parallel, ranks.rank())
     engine = Engine(run, mesh)
-    manifest, faults = newest_valid(root, rank=mesh.rank, ranks=mesh.world_size)
+    manifest, faults = newest_valid(folder_at(root), rank=mesh.rank, ranks=mesh.world_size)
     assert not faults
     if manifest is not None:
         check_model(manifest, engine.shapes())
@@ -55,25 +56,15 @@ def go_on(run: Run, root: Path, step: int) -> dict[str, Any]:
 
 def write(engine: Any, root: Path, step: int) -> None:
     mesh = engine.mesh
-    generation = lineage.begin(root, None) if mesh.rank == 0 and not root.exists() else 1
-    folder = lineage.commit_folder(root, -ranks.lowest_over_ranks(-generation), step)
+    generation = lineage.begin(folder_at(root), None) if mesh.rank == 0 and not root.exists() else 1
+    folder = lineage.commit_folder(folder_at(root), -ranks.lowest_over_ranks(-generation), step)
     save(folder, engine.owned(), header={"counters": engine.counters()}, rank=mesh.rank, ranks=mesh.world_size)
 
 
 def state(root: Path) -> dict[str, torch.Tensor]:
-    manifest, _ = newest_valid(root)
+    manifest, _ = newest_valid(folder_at(root))
     assert manifest is not None
-    found = {f"weight/{name}": value for name, value in weights(manifest)}
-    from safetensors import safe_open
-
-    for kind in KINDS[1:]:
-        for name, shape in manifest.shapes.items():
-            whole = torch.full(shape, torch.nan)
-            for item in manifest.stored[name]:
-                with safe_open(item.file, framework="pt") as file:
-                    whole[item.box.slices()] = file.get_tensor(item.keys[kind])
-            found[f"{kind}/{name}"] = whole
-    return found
+    return {f"{kind}/{name}": value for kind, name, value in whole_tensors(manifest)}
 
 
 @pytest.fixture(scope="module")
@@ -116,4 +107,4 @@ def test_a_box_that_nobody_saved_is_noticed(tmp_path: Path):
     value = torch.zeros(2, 3)
     half = [Slice("a", (4, 3), Box((0, 0), (2, 3)), value, value.clone(), value.clone())]
     with pytest.raises(AssertionError, match="a: 6 of 12 elements are there"):
-        save(tmp_path / "step", half, header={}, rank=0, ranks=1)
+        save(folder_at(tmp_path / "step"), half, header={}, rank=0, ranks=1)

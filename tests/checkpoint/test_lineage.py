@@ -1,35 +1,33 @@
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from megagpt.checkpoint.lineage import MANIFEST, begin, commit_folder, commits, retain
+from megagpt.checkpoint.folders import folder_at, sealed
+from megagpt.checkpoint.lineage import MANIFEST, Unusable, begin, commit_folder, commits, history, retain
 
 
 def commit(root: Path, generation: int, step: int) -> None:
-    folder = commit_folder(root, generation, step)
-    folder.mkdir(parents=True)
-    (folder / MANIFEST).write_text("{}")
+    commit_folder(folder_at(root), generation, step).write(MANIFEST, [b"{}"])
 
 
 def steps(root: Path) -> list[tuple[int, int]]:
-    return [(commit.generation, commit.step) for commit in commits(root)]
+    return [(commit.generation, commit.step) for commit in commits(folder_at(root))]
 
 
 def test_a_new_attempt_continues_the_line_of_its_parent(tmp_path):
-    first = begin(tmp_path, None)
+    first = begin(folder_at(tmp_path), None)
     commit(tmp_path, first, 10)
     commit(tmp_path, first, 20)
-    second = begin(tmp_path, next(commits(tmp_path)))
+    second = begin(folder_at(tmp_path), next(commits(folder_at(tmp_path))))
     commit(tmp_path, second, 30)
     assert (first, second) == (1, 2)
     assert steps(tmp_path) == [(2, 30), (1, 20), (1, 10)]
 
 
 def test_what_an_old_attempt_commits_after_a_newer_began_is_never_read(tmp_path):
-    first = begin(tmp_path, None)
+    first = begin(folder_at(tmp_path), None)
     commit(tmp_path, first, 10)
-    second = begin(tmp_path, next(commits(tmp_path)))
+    second = begin(folder_at(tmp_path), next(commits(folder_at(tmp_path))))
     commit(tmp_path, first, 40)  # the zombie
     assert steps(tmp_path) == [(1, 10)]
     commit(tmp_path, second, 20)
@@ -37,31 +35,49 @@ def test_what_an_old_attempt_commits_after_a_newer_began_is_never_read(tmp_path)
 
 
 def test_an_attempt_that_began_from_nothing_hides_all_before_it(tmp_path):
-    commit(tmp_path, begin(tmp_path, None), 10)
-    begin(tmp_path, None)
+    commit(tmp_path, begin(folder_at(tmp_path), None), 10)
+    begin(folder_at(tmp_path), None)
     assert steps(tmp_path) == []
 
 
 def test_of_two_attempts_at_once_each_gets_a_number_of_its_own(tmp_path):
-    first = begin(tmp_path, None)
+    first = begin(folder_at(tmp_path), None)
     (tmp_path / "gen-0002").mkdir()
-    (tmp_path / "gen-0002" / "start.json").write_text(json.dumps({"parent": None}))
-    assert (first, begin(tmp_path, None)) == (1, 3)
+    (tmp_path / "gen-0002" / "start.json").write_bytes(sealed({"parent": None}))
+    assert (first, begin(folder_at(tmp_path), None)) == (1, 3)
 
 
 def test_retention_keeps_the_newest_and_never_touches_what_is_being_written(tmp_path):
-    generation = begin(tmp_path, None)
+    generation = begin(folder_at(tmp_path), None)
     for step in (10, 20, 30):
         commit(tmp_path, generation, step)
-    unfinished = [commit_folder(tmp_path, generation, step) for step in (25, 40)]
+    unfinished = [Path(str(commit_folder(folder_at(tmp_path), generation, step))) for step in (25, 40)]
     for folder in unfinished:
         folder.mkdir()
-    retain(tmp_path, 2)
+    retain(folder_at(tmp_path), keep=2)
     assert steps(tmp_path) == [(1, 30), (1, 20)]
     assert [folder.exists() for folder in unfinished] == [False, True]
 
 
 def test_retention_keeps_at_least_one(tmp_path):
-    commit(tmp_path, begin(tmp_path, None), 10)
-    retain(tmp_path, 0)
+    commit(tmp_path, begin(folder_at(tmp_path), None), 10)
+    retain(folder_at(tmp_path), keep=0)
     assert steps(tmp_path) == [(1, 10)]
+
+
+def test_retention_keeps_the_steps_that_stay_for_ever(tmp_path):
+    generation = begin(folder_at(tmp_path), None)
+    for step in (10, 20, 30, 40):
+        commit(tmp_path, generation, step)
+    retain(folder_at(tmp_path), keep=1, always={20})
+    assert steps(tmp_path) == [(1, 40), (1, 20)]
+
+
+def test_a_commit_of_an_attempt_whose_start_is_lost_is_still_found(tmp_path):
+    first = begin(folder_at(tmp_path), None)
+    commit(tmp_path, first, 10)
+    second = begin(folder_at(tmp_path), next(commits(folder_at(tmp_path))))
+    commit(tmp_path, second, 20)
+    (tmp_path / "gen-0002" / "start.json").unlink()
+    assert steps(tmp_path) == [(2, 20), (1, 10)]
+    assert [found.fault for found in history(folder_at(tmp_path)) if isinstance(found, Unusable)]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megagpt.errors import UserError
-from megagpt.parallel import ranks
+from megagpt.parallel import launcher, ranks
 from tests.ranks import on_ranks
 
 
@@ -24,7 +24,7 @@ def test_ranks_know_their_place_and_meet(tmp_path):
 
 def test_the_parent_is_untouched_by_its_ranks():
     assert ranks.run_local(lambda: None, 1) == 0
-    assert not ranks.launched()
+    assert not launcher.launched()
 
 
 def test_a_users_error_is_printed_once_and_last(capfd):

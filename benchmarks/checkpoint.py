@@ -1,0 +1,194 @@
+"""Save and load a training state, beside the disk's rate, torch.save, torch.distributed.checkpoint and DeepSpeed.
+
+One rank on the CPU, ZeRO 1, fp32. All write the same engine's state, in alternating rounds, and every writer ends with
+an fsync of what it wrote, since a checkpoint in the page cache does not survive a power cut. Before each read the
+files are dropped from the page cache. Rates are of each writer's own bytes; the best of the rounds counts.
+
+    python benchmarks/checkpoint.py [--width 512] [--layers 8] [--rounds 3] [--out checkpoint.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megagpt import config
+from megagpt.files import write_whole
+from megagpt.parallel import ranks
+
+BLOCK = 1 << 24
+
+
+def files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def sync(folder: Path) -> None:
+    for path in files(folder):
+        with path.open("rb") as stream:
+            os.fsync(stream.fileno())
+
+
+def drop(folder: Path) -> None:
+    """Forget the files' pages."""
+    for path in files(folder):
+        with path.open("rb") as stream:
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def bare_write(folder: Path, size: int) -> None:
+    folder.mkdir()
+    block = os.urandom(BLOCK)
+    with (folder / "data").open("wb", buffering=0) as stream:
+        for _ in range(size // BLOCK):
+            stream.write(block)
+        os.fsync(stream.fileno())
+
+
+def bare_read(folder: Path) -> None:
+    buffer = memoryview(bytearray(BLOCK))
+    with (folder / "data").open("rb", buffering=0) as stream:
+        while stream.readinto(buffer):
+            pass
+
+
+def contestants(engine: Any, size: int) -> dict[str, tuple[Callable[[Path], None], Callable[[Path], None]]]:
+    """How each writes into a folder, and reads it back."""
+    import torch
+    from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+    from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+
+    from megagpt.checkpoint.folders import folder_at
+    from megagpt.checkpoint.lineage import Commit
+    from megagpt.checkpoint.load import fault_in_files, load, read_manifest
+    from megagpt.checkpoint.save import KINDS, save
+
+    owned, held = engine.owned(), engine.held()  # once: after DeepSpeed has loaded, its engine no longer finds them
+    tensors = {f"{kind}/{part.name}": getattr(part, kind) for part in owned for kind in KINDS}
+
+    def ours_read(folder: Path) -> None:
+        manifest = read_manifest(Commit(1, 1, folder_at(folder)))
+        assert fault_in_files(manifest) is None
+        load(manifest, held)
+
+    def torch_write(folder: Path) -> None:
+        folder.mkdir()
+        torch.save(tensors, folder / "state.pt")
+
+    def torch_read(folder: Path) -> None:
+        for name, value in torch.load(folder / "state.pt", weights_only=True).items():
+            tensors[name].copy_(value)
+
+    deepspeed = engine._engine
+    return {
+        "disk": (lambda folder: bare_write(folder, size), bare_read),
+        "megagpt": (
+            lambda folder: save(folder_at(folder), owned, header={}, rank=0, ranks=1),
+            ours_read,
+        ),
+        "torch.save": (torch_write, torch_read),
+        "torch.distributed.checkpoint": (
+            lambda folder: dcp_save(tensors, checkpoint_id=folder) and None,
+            lambda folder: dcp_load(tensors, checkpoint_id=folder),
+        ),
+        "DeepSpeed save_checkpoint": (
+            lambda folder: deepspeed.save_checkpoint(str(folder), tag="step") and None,
+            lambda folder: deepspeed.load_checkpoint(str(folder), tag="step") and None,
+        ),
+    }
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    from megagpt.checkpoint.background import HostCopy
+    from megagpt.mesh import mesh_of
+    from megagpt.parallel.engine import Engine
+
+    ranks.join(world=1)
+    run = config.load("quickstart")
+    sizes = {"width": options.width, "layers": options.layers, "heads": 8, "vocabulary": 32768}
+    run = dataclasses.replace(run, model=dataclasses.replace(run.model, **sizes), parallel=config.Parallel(data=1))
+    engine = Engine(run, mesh_of(run.parallel, 0))
+    size = sum(part.weight.numel() for part in engine.owned()) * 12
+    found: dict[str, Any] = {}
+    copy, owned = HostCopy(), engine.owned()
+    copy.take(owned)  # the buffers are made once
+    copies = []
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        rivals = contestants(engine, size)
+        for _ in range(options.rounds):
+            for rival, (write, read) in rivals.items():
+                folder = Path(name) / "state"
+
+                def durable(write: Any = write, folder: Path = folder) -> None:
+                    write(folder)
+                    sync(folder)
+
+                row = found.setdefault(rival, {"write": [], "read": []})
+                row["write"].append(seconds(durable))
+                row["bytes"] = sum(path.stat().st_size for path in files(folder))
+                drop(folder)
+                row["read"].append(seconds(lambda read=read, folder=folder: read(folder)))
+                shutil.rmtree(folder)
+            copies.append(seconds(lambda: copy.take(owned)))
+    rates = {
+        rival: {f"{key}_gb_per_s": round(row["bytes"] / min(row[key]) / 1e9, 3) for key in ("write", "read")}
+        for rival, row in found.items()
+    }
+    ours = found["megagpt"]
+    return {
+        "state_bytes": size,
+        "rates": rates,
+        "write_share_of_disk": round(rates["megagpt"]["write_gb_per_s"] / rates["disk"]["write_gb_per_s"], 3),
+        "read_share_of_disk": round(rates["megagpt"]["read_gb_per_s"] / rates["disk"]["read_gb_per_s"], 3),
+        "synchronous_seconds": round(min(ours["write"]), 4),
+        "asynchronous_stall_seconds": round(min(copies), 4),
+        "asynchronous_stall_share": round(min(copies) / min(ours["write"]), 4),
+        "asynchronous_extra_bytes_over_state": round(copy.bytes() / size, 3),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--folder", type=Path, help="where to write; default: the temporary folder")
+    parser.add_argument("--out", type=Path, help="also write the results to this file")
+    options = parser.parse_args()
+
+    def work() -> None:
+        import torch
+
+        result = {
+            "date": time.strftime("%Y-%m-%d"),
+            "command": f"python benchmarks/{' '.join([Path(sys.argv[0]).name, *sys.argv[1:]])}",
+            "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "load": os.getloadavg()},
+            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            **measure(options),
+        }
+        text = json.dumps(result, indent=2)
+        print(text)
+        if options.out is not None:
+            write_whole(options.out, text + "\n")
+
+    return ranks.run_local(work, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

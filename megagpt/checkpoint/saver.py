@@ -1,0 +1,236 @@
+"""The checkpoints of a run that trains: which one it continues from, when it saves, and what a save says beside
+tensors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megagpt import __version__
+from megagpt.checkpoint import lineage
+from megagpt.checkpoint.background import BackgroundSave, HostCopy
+from megagpt.checkpoint.folders import Folder, checkpoints_of
+from megagpt.checkpoint.interval import best_interval
+from megagpt.checkpoint.load import check_model, load, newest_valid, read_manifest
+from megagpt.checkpoint.save import save
+from megagpt.config import Checkpoint, Run, sequences_of, to_toml
+from megagpt.data import order
+from megagpt.data.corpus import Corpus
+from megagpt.data.order import Cursor
+from megagpt.data.pack import source
+from megagpt.errors import UserError
+from megagpt.parallel import ranks
+
+if TYPE_CHECKING:
+    from megagpt.parallel.engine import Engine
+    from megagpt.report.journal import Journal
+
+
+@dataclasses.dataclass
+class Progress:
+    """Where the run stands."""
+
+    step: int
+    """Steps done."""
+    cursor: Cursor
+    """Sequences consumed, and the order they come in."""
+    health: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """What heal.health keeps of the steps before."""
+
+    def tokens(self, context: int) -> int:
+        return self.cursor.consumed * context
+
+
+class Saver:
+    """The checkpoints of one attempt at a run."""
+
+    def __init__(self, run: Run, out: Path, engine: Engine) -> None:
+        self.root = checkpoints_of(run.checkpoint, out)
+        self._run = run
+        self._engine = engine
+        self._generation = 0
+        self._copy = HostCopy()
+        self._pending: _Pending | None = None
+        self._pace = _Pace(run.checkpoint)
+        self._evaluated: tuple[int, float] | None = None
+
+    def resume(self, corpora: list[Corpus], journal: Journal, *, before: int | None = None) -> Progress:
+        """Load the newest undamaged checkpoint, if there is one, and begin a new attempt from it.
+
+        With `before` it is the newest of a step before that one, and has to be there.
+        """
+        self.finish(journal)
+        mesh, run = self._engine.mesh, self._run
+        manifest, faults = newest_valid(self.root, rank=mesh.rank, ranks=mesh.world_size, before=before)
+        for fault in faults:
+            journal.warn(f"{fault}; an older checkpoint is used, and the steps since are computed again.")
+        step, cursor, health = 0, None, {}
+        if manifest is not None:
+            check_model(manifest, self._engine.shapes())
+            load(manifest, self._engine.held())
+            self._engine.restored(manifest.header["counters"])
+            step, cursor = manifest.header["step"], manifest.header["cursor"]
+            health = manifest.header.get("health", {})
+            total = len(manifest.shapes)
+            journal.note(f"loaded {manifest.commit}: {total} of {total} tensors, 0 defaulted")
+        generation = lineage.begin(self.root, manifest.commit if manifest else None) if mesh.rank == 0 else 0
+        self._generation = -ranks.lowest_over_ranks(-generation)
+        self._pace.begin(step)
+        return Progress(step, _cursor(run, corpora, cursor), health)
+
+    def has_before(self, step: int) -> bool:
+        """Whether the run has a checkpoint of a step before `step`: rank 0 looks. Every rank must call it."""
+        found = self._engine.mesh.rank > 0 or any(commit.step < step for commit in lineage.commits(self.root))
+        return bool(ranks.lowest_over_ranks(int(found)))
+
+    def evaluated(self, step: int, loss: float) -> None:
+        """The loss on held-out text after `step`, for checkpoint.keep_best."""
+        self._evaluated = (step, loss)
+
+    def due(self, step: int, journal: Journal) -> bool:
+        """Whether `step`, just done, is one to save at. Every rank must call it after every step: here a background
+        save that has been written is committed, and one that failed raises UserError on all ranks.
+        """
+        if self._pending is not None and self._pending.work.settle():
+            self._committed(journal)
+        return self._pace.due(step)
+
+    def save(self, progress: Progress, journal: Journal) -> None:
+        """Save the run as it stands: wait for the commit, or with checkpoint.asynchronous only for the copy."""
+        began = time.perf_counter()
+        self.finish(journal)
+        mesh = self._engine.mesh
+        journal.sync()
+        folder = lineage.commit_folder(self.root, self._generation, progress.step)
+        arguments: dict[str, Any] = {"header": self._header(progress), "rank": mesh.rank, "ranks": mesh.world_size}
+        if not self._run.checkpoint.asynchronous:
+            save(folder, self._engine.owned(), **arguments)
+            self._retain()
+            journal.saved(progress.step, folder, seconds=time.perf_counter() - began)
+        else:
+            first = not self._copy.bytes()
+            copy = self._copy.take(self._engine.owned())
+            if first:
+                gib = self._copy.bytes() / 2**30
+                journal.note(f"saving in the background keeps {gib:,.2f} GiB of this rank's host memory")
+            self._pending = _Pending(progress.step, began, BackgroundSave(folder, copy, **arguments))
+        self._pace.saved(progress.step, stall=time.perf_counter() - began)
+
+    def finish(self, journal: Journal) -> None:
+        """Wait for the save in progress, if there is one. To be called before the run ends."""
+        if self._pending is not None:
+            self._pending.work.finish()
+            self._committed(journal)
+
+    def _committed(self, journal: Journal) -> None:
+        assert self._pending is not None
+        pending, self._pending = self._pending, None
+        self._retain()
+        journal.saved(pending.step, pending.work.folder, seconds=time.perf_counter() - pending.began)
+
+    def _retain(self) -> None:
+        """Delete what retention does not keep."""
+        if self._engine.mesh.rank == 0:
+            rules = self._run.checkpoint
+            lineage.retain(self.root, keep=rules.keep, always=_kept_for_ever(self.root, rules))
+
+    def _header(self, progress: Progress) -> dict[str, Any]:
+        mesh = self._engine.mesh
+        evaluated = self._evaluated
+        return {
+            "megagpt": __version__,
+            "step": progress.step,
+            "tokens": progress.tokens(self._run.model.context),
+            "cursor": progress.cursor.to_dict(),
+            "counters": self._engine.counters(),
+            "health": progress.health,
+            "evaluation_loss": evaluated[1] if evaluated and evaluated[0] == progress.step else None,
+            "mesh": {"data": mesh.data, "pipeline": mesh.pipeline, "tensor": mesh.tensor},
+            "run": to_toml(self._run),
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pending:
+    """A save in the background."""
+
+    step: int
+    began: float
+    work: BackgroundSave
+
+
+class _Pace:
+    """When to save: every so many steps, or as Young and Daly advise for what steps and saves were seen to take."""
+
+    def __init__(self, settings: Checkpoint) -> None:
+        self._settings = settings
+        self._every = settings.every
+        self._last, self._since = 0, 0.0
+
+    def begin(self, step: int) -> None:
+        self._last, self._since = step, time.perf_counter()
+
+    def due(self, step: int) -> bool:
+        if not self._settings.mtbf_hours:
+            return self._every > 0 and step % self._every == 0
+        return self._every > 0 and step >= self._last + self._every
+
+    def saved(self, step: int, *, stall: float) -> None:
+        """A save after `step` has held training up for `stall` seconds. The slowest rank decides for all."""
+        if self._settings.mtbf_hours and step > self._last:
+            step_seconds = (time.perf_counter() - self._since - stall) / (step - self._last)
+            best = best_interval(save_seconds=stall, mtbf_seconds=self._settings.mtbf_hours * 3600)
+            self._every = ranks.lowest_over_ranks(max(1, round(best / step_seconds)))
+        self.begin(step)
+
+
+def _kept_for_ever(root: Folder, rules: Checkpoint) -> set[int]:
+    """The steps whose checkpoints stay because of their number or of their loss on held-out text."""
+    found = list(lineage.commits(root))
+    steps = {commit.step for commit in found if rules.keep_every and commit.step % rules.keep_every == 0}
+    if rules.keep_best:
+        scored: list[tuple[float, int]] = []
+        for commit in found:
+            try:
+                loss = read_manifest(commit).header.get("evaluation_loss")
+            except UserError:
+                continue  # damaged since: a load will say so
+            if loss is not None:
+                scored.append((loss, commit.step))
+        steps |= {step for _, step in sorted(scored)[: rules.keep_best]}
+    return steps
+
+
+def _cursor(run: Run, corpora: list[Corpus], saved: dict[str, Any] | None) -> Cursor:
+    """Where the run stands in its data, with the mixture that it has now; without a saved cursor, at the beginning."""
+    context, packing = run.model.context, run.data.packing
+    window = run.data.window
+    sources = [source(corpus, context=context, packing=packing, windowed=window is not None) for corpus in corpora]
+    weights = dict(zip(sources, run.data.mixture.values(), strict=True))
+    if saved is None:
+        cursor = order.start(seed=run.seed, context=context, packing=packing, weights=weights, window=window)
+    else:
+        cursor = _same_stream(Cursor.from_dict(saved), run).with_mixture(weights)
+    cursor = dataclasses.replace(cursor, max_epochs=run.data.max_epochs)
+    cursor.check_repetition(sequences_of(run))
+    return cursor
+
+
+def _same_stream(cursor: Cursor, run: Run) -> Cursor:
+    """Refuse settings that would make another stream of a run that has begun, where its place means nothing."""
+    settings = {
+        "seed": (cursor.seed, run.seed),
+        "model.context": (cursor.context, run.model.context),
+        "data.packing": (cursor.packing, run.data.packing),
+        "data.window": (cursor.window, run.data.window),
+    }
+    for name, (was, now) in settings.items():
+        if was != now:
+            raise UserError(
+                f"{name} = {now} differs from the {was} that the run began with, and decides what it has read.",
+                f"Continue with --{name} {was}, or start a new run with another --out.",
+            )
+    return cursor

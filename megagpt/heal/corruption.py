@@ -1,0 +1,113 @@
+"""Silent corruption: a step computed twice must give the same bits, since nothing here depends on timing or chance.
+
+The first pass takes no step, the second is the step itself. Each rank keeps checksums of every module's output, of the
+gradients that it computed itself, and of the reduced ones that it owns. Where they differ tells who is at fault:
+    an output       the earliest stage that has one: later stages and the backward only pass it on
+    own gradients   the latest stage that has some: earlier stages' backward comes after it
+    reduced ones    a link or a reduction, seen by the ranks that own them
+Tensor ranks share every sum, so that all of a group may be named. A fault that repeats itself exactly is not found:
+for that, copies of weights are compared (parallel/guard.py). Cost: one more step, reading every output and gradient.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megagpt.data.batch import Batch
+from megagpt.errors import RunFailure
+from megagpt.mesh import Mesh, mesh_like
+from megagpt.parallel.engine import Engine, Step
+from megagpt.parallel.guard import checksum
+from megagpt.parallel.ranks import values_of_ranks
+from megagpt.parallel.state import Gradient
+
+KINDS = ("output", "own gradient", "reduced gradient")
+
+
+class Fingerprint:
+    """Checksums of one pass on this rank, in the order in which they arose: of each kind, (name, sum)."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, list[tuple[str, Tensor]]] = {kind: [] for kind in KINDS}
+
+    def add(self, kind: str, name: str, value: Any) -> None:
+        for tensor in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(tensor, Tensor) and tensor.is_floating_point():
+                self.sums[kind].append((name, checksum(tensor)))
+
+    def add_reduced(self, gradients: Sequence[Gradient]) -> None:
+        for name, _, gradient in gradients:
+            self.add("reduced gradient", name, gradient)
+
+    def difference(self, other: Fingerprint) -> dict[str, str]:
+        """Of each kind that differs, the first name that does."""
+        found = {}
+        for kind in KINDS:
+            names = [name for name, _ in self.sums[kind]]
+            pairs = zip(names, self._values(kind), other._values(kind), strict=True)
+            differing = [name for name, one, two in pairs if one != two]
+            if differing:
+                found[kind] = differing[0]
+        return found
+
+    def _values(self, kind: str) -> list[int]:
+        sums = [value for _, value in self.sums[kind]]
+        return torch.stack(sums).tolist() if sums else []
+
+
+@contextlib.contextmanager
+def recorded(engine: Engine) -> Iterator[Fingerprint]:
+    """The fingerprint of the pass that the block makes; pass its `add_reduced` as `observe`."""
+    found = Fingerprint()
+    with contextlib.ExitStack() as hooks:
+        for name, module in engine.named_modules():
+            hook = module.register_forward_hook(lambda _m, _i, out, name=name: found.add("output", name, out))
+            hooks.callback(hook.remove)
+        for part in engine.placed:
+            hook = part.parameter.register_hook(lambda value, name=part.name: found.add("own gradient", name, value))
+            hooks.callback(hook.remove)
+        yield found
+
+
+def train_twice(engine: Engine, micro_batches: Sequence[Batch], *, lr: float, count: int) -> Step:
+    """`engine.train_batch`, after the same step without an update. Raises RunFailure if one bit of them differs."""
+    with recorded(engine) as first:
+        engine.rehearse(micro_batches, count=count, observe=first.add_reduced)
+    with recorded(engine) as second:
+        done = engine.train_batch(micro_batches, lr=lr, count=count, observe=second.add_reduced)
+    refuse(first.difference(second), engine.mesh)
+    return done
+
+
+def refuse(difference: dict[str, str], mesh: Mesh) -> None:
+    """Raise RunFailure on every rank, with the ranks at fault, unless no rank found a difference."""
+    code = sum(1 << KINDS.index(kind) for kind in difference)
+    kind, suspects = accused([int(value) for value in values_of_ranks(code)], mesh)
+    if not suspects:
+        return
+    here = f" Here, {mesh.describe()}, it was {difference[kind]}." if kind in difference else ""
+    names = ", ".join(mesh_like(mesh, rank).describe() for rank in suspects)
+    raise RunFailure(
+        f"a step computed twice gave two results: the {kind} of {names} differs.{here}",
+        "Continue from the last checkpoint, without the node of this rank; if it happens again, it is a bug.",
+        cause="corruption",
+        rank=suspects[0],
+    )
+
+
+def accused(codes: Sequence[int], mesh: Mesh) -> tuple[str, list[int]]:
+    """Of each rank's kinds of difference, as bits in the order of KINDS: the kind that tells most, and who has it."""
+    for number, kind in enumerate(KINDS):
+        ranks = [rank for rank, code in enumerate(codes) if code >> number & 1]
+        if ranks:
+            stages = [mesh_like(mesh, rank).pipeline_rank for rank in ranks]
+            stage = max(stages) if kind == "own gradient" else min(stages)
+            if kind == "reduced gradient":
+                return kind, ranks
+            return kind, [rank for rank, at in zip(ranks, stages, strict=True) if at == stage]
+    return "", []

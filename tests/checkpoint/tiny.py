@@ -1,0 +1,45 @@
+"""A small state, saved without an engine: what tests of the files need."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from megagpt.checkpoint import lineage
+from megagpt.checkpoint.boxes import Box
+from megagpt.checkpoint.folders import Folder, folder_at
+from megagpt.checkpoint.save import commit, write_part
+from megagpt.parallel.state import Slice
+
+
+def state(step: int, *, rows: int = 6) -> list[Slice]:
+    """A matrix and a scalar-like vector whose values tell the step."""
+
+    def whole(name: str, shape: tuple[int, ...]) -> Slice:
+        value = torch.arange(float(torch.Size(shape).numel())).view(shape) + step
+        return Slice(name, shape, Box((0,) * len(shape), shape), value, value * 2, value * 3)
+
+    return [whole("a", (rows, 3)), whole("b", (5,))]
+
+
+def header(step: int) -> dict[str, object]:
+    return {"step": step, "counters": {"optimizer_steps": step, "loss_scaler": {}}, "cursor": None, "run": ""}
+
+
+def save_on_two_ranks(folder: Folder, step: int) -> None:
+    """One process plays both ranks: the first has the matrix, the second the vector."""
+    for rank, part in enumerate(state(step)):
+        write_part(folder, [part], rank)
+    commit(folder, header(step), 2)
+
+
+def run_with_commits(path: Path | str, steps: tuple[int, ...]) -> Folder:
+    """A root whose steps are spread over two attempts: the last is the second's."""
+    root = folder_at(path)
+    generation = lineage.begin(root, None)
+    for step in steps[:-1]:
+        save_on_two_ranks(lineage.commit_folder(root, generation, step), step)
+    generation = lineage.begin(root, next(lineage.commits(root)))
+    save_on_two_ranks(lineage.commit_folder(root, generation, steps[-1]), steps[-1])
+    return root
