@@ -19,7 +19,7 @@ fix: setup  ## Format, and mend what ruff can.
 kernels: setup  ## What the compiler makes of every kernel and table, for each architecture; needs no GPU.
 	@$(BIN)/python -m megagpt.kernels.report --full --out benchmarks/results
 bench: setup  ## The benchmarks that need no GPU; results go to benchmarks/results.
-	@$(BIN)/python benchmarks/loader.py --out benchmarks/results/loader.json && $(BIN)/python benchmarks/train_step.py --out benchmarks/results/train_step.json && $(BIN)/python benchmarks/parallel_overhead.py --out benchmarks/results/parallel_overhead.json
+	@$(BIN)/python benchmarks/data.py --out benchmarks/results/data.json && PYTHONPATH=. $(BIN)/python benchmarks/remote.py --out benchmarks/results/remote.json && $(BIN)/python benchmarks/train_step.py --out benchmarks/results/train_step.json && $(BIN)/python benchmarks/parallel_overhead.py --out benchmarks/results/parallel_overhead.json
 test-gpu: setup  ## The kernels' tests on this machine's GPU instead of in the interpreter.
 	@$(BIN)/pytest tests/kernels
 bench-gpu: setup  ## The kernels' correctness and speed on this machine's GPU, beside torch's and others'.

@@ -16,12 +16,14 @@ import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import astuple
 from datetime import date
 from typing import Any, cast
 from unittest import mock
 
 import torch
 import triton
+from triton.runtime.errors import OutOfResources, PTXASError
 
 from megagpt.kernels import attention, cross_entropy, gelu, norm, residual, rotary, swiglu, tuning
 from megagpt.kernels.tuning import TABLES, Tile
@@ -32,7 +34,9 @@ MODULES = (attention, cross_entropy, gelu, norm, residual, rotary, swiglu)
 
 
 def candidates(kernel: str, current: Tile) -> Iterator[Tile]:
-    """The table's own tile first, then its neighbours: half, equal and double in each number."""
+    """The table's own tile first, then its neighbours, which differ in at most two numbers: half or double, or other
+    warps and stages. All combinations would take a GPU hours to compile, most of them for tiles far from any good one.
+    """
     yield current
     attends = kernel.startswith("attention") and kernel != "attention_delta"
     rows = (current.rows // 2, current.rows, current.rows * 2)
@@ -43,7 +47,8 @@ def candidates(kernel: str, current: Tile) -> Iterator[Tile]:
     for numbers in itertools.product(rows, columns, (4, 8, 16), (1, 2, 3), programs):
         found = Tile(**dict(zip(("rows", "columns", "warps", "stages", "programs"), numbers, strict=True)))
         smallest = 16 if attends else 1
-        if found != current and found.rows >= smallest and found.columns >= min(smallest, current.columns):
+        numbers_changed = sum(one != other for one, other in zip(astuple(found), astuple(current), strict=True))
+        if 1 <= numbers_changed <= 2 and found.rows >= smallest and found.columns >= min(smallest, current.columns):
             yield found
 
 
@@ -101,7 +106,9 @@ def fastest(kernel: str, dtype: torch.dtype, entry: dict[str, Any], *, check: bo
                 for patch in patches:
                     patch.start()
                 milliseconds = cast(float, triton.testing.do_bench(run, warmup=10, rep=40, return_mode="median"))
-            except (triton.runtime.errors.OutOfResources, triton.CompilationError):
+            except (OutOfResources, PTXASError, triton.CompilationError) as error:
+                if cut == current:
+                    raise RuntimeError(f"{kernel}: the table's own tile {cut} does not run on this GPU") from error
                 continue
             finally:
                 for patch in patches:

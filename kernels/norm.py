@@ -45,9 +45,9 @@ def rmsnorm_reference(h_RD: Tensor, w_D: Tensor, eps: float = 1e-5) -> Tensor:
     return F.rms_norm(h_RD, w_D.shape, w_D, eps)
 
 
-@triton.jit(do_not_specialize=["key"])
+@triton.jit(do_not_specialize=["key", "first_token"])
 def _forward(
-    x, residual, w, b, y, h, mean, rstd, samples, key, R, T, eps,
+    x, residual, w, b, y, h, mean, rstd, samples, key, first_token, R, T, eps,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, CENTRED: tl.constexpr, RATE: tl.constexpr,
     THRESHOLD: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -59,7 +59,8 @@ def _forward(
     hidden = tl.load(x + at, mask=valid, other=0.0).to(ACC)
     if RATE > 0:
         sample = tl.load(samples + rows // T, mask=rows < R, other=0)
-        keep = kept(key, tl.arange(0, BLOCK_D // 4), rows % T, sample, tl.zeros([], tl.int32), THRESHOLD)
+        at_C4, token = tl.arange(0, BLOCK_D // 4), first_token + rows % T
+        keep = kept(key, at_C4, token, sample, tl.zeros([], tl.int32), THRESHOLD)
         hidden = tl.where(keep, hidden * (1 / (1 - RATE)), 0.0)
     if residual is not None:
         hidden += tl.load(residual + at, mask=valid, other=0.0).to(ACC)
@@ -79,9 +80,9 @@ def _forward(
     tl.store(y + at, out.to(y.dtype.element_ty), mask=valid)
 
 
-@triton.jit(do_not_specialize=["key"])
+@triton.jit(do_not_specialize=["key", "first_token"])
 def _backward(
-    dy, dh, h, w, mean, rstd, dresidual, dx, dw, db, samples, key, R, T,
+    dy, dh, h, w, mean, rstd, dresidual, dx, dw, db, samples, key, first_token, R, T,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, CENTRED: tl.constexpr, RATE: tl.constexpr,
     THRESHOLD: tl.constexpr, ACC: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -117,7 +118,8 @@ def _backward(
             tl.store(dresidual + at, dhidden.to(dresidual.dtype.element_ty), mask=valid)
         if RATE > 0:
             sample = tl.load(samples + rows // T, mask=rows < R, other=0)
-            keep = kept(key, tl.arange(0, BLOCK_D // 4), rows % T, sample, tl.zeros([], tl.int32), THRESHOLD)
+            at_C4, token = tl.arange(0, BLOCK_D // 4), first_token + rows % T
+            keep = kept(key, at_C4, token, sample, tl.zeros([], tl.int32), THRESHOLD)
             dhidden = tl.where(keep, dhidden * (1 / (1 - RATE)), 0.0)
         tl.store(dx + at, dhidden.to(dx.dtype.element_ty), mask=valid)
     to = program.to(tl.int64) * D + columns
@@ -129,7 +131,7 @@ def _backward(
 @torch.library.custom_op("megagpt::norm", mutates_args=())
 def _norm(
     x: Tensor, residual: Tensor | None, w: Tensor, b: Tensor | None, samples: Tensor | None,
-    rate: float, key: int, eps: float, centred: bool,
+    rate: float, key: int, first_token: int, eps: float, centred: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """y, h, mean and rstd; h is empty where it is x itself, and mean where nothing is centred."""
     D = x.shape[-1]
@@ -141,7 +143,7 @@ def _norm(
     cut = tile("norm_forward", x.dtype, D, x.device)
     with on(x):
         _forward[(triton.cdiv(R, cut.rows),)](
-            x, residual, w, b, y, h, mean_R, rstd_R, samples, key, R, x.shape[-2], eps,
+            x, residual, w, b, y, h, mean_R, rstd_R, samples, key, first_token, R, x.shape[-2], eps,
             D=D, BLOCK_D=max(16, triton.next_power_of_2(D)), ROWS=cut.rows, CENTRED=centred, RATE=rate,
             THRESHOLD=threshold(rate), ACC=accumulator(x.dtype), **cut.options(),
         )  # fmt: skip
@@ -149,7 +151,7 @@ def _norm(
 
 
 @_norm.register_fake
-def _(x, residual, w, b, samples, rate, key, eps, centred):
+def _(x, residual, w, b, samples, rate, key, first_token, eps, centred):
     R = x.numel() // x.shape[-1]
     rstd_R = x.new_empty(R, dtype=statistics_dtype(x.dtype))
     h = x.new_empty(0) if residual is None and rate == 0 else torch.empty_like(x)
@@ -159,7 +161,7 @@ def _(x, residual, w, b, samples, rate, key, eps, centred):
 @torch.library.custom_op("megagpt::norm_backward", mutates_args=())
 def _norm_backward(
     dy: Tensor, dh: Tensor | None, h: Tensor, w: Tensor, mean: Tensor, rstd: Tensor, samples: Tensor | None,
-    rate: float, key: int, has_bias: bool,
+    rate: float, key: int, first_token: int, has_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dx, dresidual (empty where it equals dx), dw and db (empty without a bias)."""
     D = h.shape[-1]
@@ -173,26 +175,26 @@ def _norm_backward(
     db_PD = rstd.new_empty(P, D) if has_bias else None
     with on(h):
         _backward[(P,)](
-            dy, dh if dh is None else dh.contiguous(), h, w, mean, rstd, dresidual, dx, dw_PD, db_PD, samples, key, R,
-            h.shape[-2], D=D, BLOCK_D=max(16, triton.next_power_of_2(D)), ROWS=cut.rows, CENTRED=mean.numel() > 0,
-            RATE=rate, THRESHOLD=threshold(rate), ACC=accumulator(h.dtype), STAGES=cut.stages, WIDE=D > 8192,
-            **cut.options(),
+            dy, dh if dh is None else dh.contiguous(), h, w, mean, rstd, dresidual, dx, dw_PD, db_PD, samples, key,
+            first_token, R, h.shape[-2], D=D, BLOCK_D=max(16, triton.next_power_of_2(D)), ROWS=cut.rows,
+            CENTRED=mean.numel() > 0, RATE=rate, THRESHOLD=threshold(rate), ACC=accumulator(h.dtype),
+            STAGES=cut.stages, WIDE=D > 8192, **cut.options(),
         )  # fmt: skip
     db = h.new_empty(0) if db_PD is None else sum_partials(db_PD, h.dtype)
     return dx, h.new_empty(0) if dresidual is None else dresidual, sum_partials(dw_PD, h.dtype), db
 
 
 @_norm_backward.register_fake
-def _(dy, dh, h, w, mean, rstd, samples, rate, key, has_bias):
+def _(dy, dh, h, w, mean, rstd, samples, rate, key, first_token, has_bias):
     dresidual = torch.empty_like(h) if rate > 0 else h.new_empty(0)
     return torch.empty_like(h), dresidual, torch.empty_like(w), torch.empty_like(w) if has_bias else h.new_empty(0)
 
 
 def _save(ctx, inputs, output) -> None:
-    x, residual, w, b, samples, rate, key, _, _ = inputs
+    x, residual, w, b, samples, rate, key, first_token, _, _ = inputs
     _, h, mean, rstd = output
     ctx.save_for_backward(x if residual is None and rate == 0 else h, w, mean, rstd, samples)
-    ctx.dropout, ctx.has_residual, ctx.has_bias = (rate, key), residual is not None, b is not None
+    ctx.dropout, ctx.has_residual, ctx.has_bias = (rate, key, first_token), residual is not None, b is not None
     ctx.has_own_h = residual is not None or rate > 0
     ctx.mark_non_differentiable(mean, rstd)
     ctx.set_materialize_grads(False)
@@ -205,7 +207,7 @@ def _differentiate(ctx, dy, dh, dmean, drstd):
     dx, dresidual, dw, db = _norm_backward(dy, dh, h, w, mean, rstd, samples, *ctx.dropout, ctx.has_bias)
     if ctx.has_residual and ctx.dropout[0] == 0:
         dresidual = dx
-    return dx, dresidual if ctx.has_residual else None, dw, db if ctx.has_bias else None, None, None, None, None, None
+    return dx, dresidual if ctx.has_residual else None, dw, db if ctx.has_bias else None, *[None] * 6
 
 
 _norm.register_autograd(_differentiate, setup_context=_save)
@@ -224,8 +226,6 @@ def _checked(x: Tensor, w_D: Tensor, b_D: Tensor | None, residual: Tensor | None
     if mask is not None:
         if x.dim() != 3:
             raise ValueError(f"x has shape {tuple(x.shape)}, but with dropout it must be [B, T, D].")
-        if mask.first_token:
-            raise ValueError(f"mask.first_token is {mask.first_token}, but the fused norm needs whole sequences: 0.")
         check_shape("mask.samples_B", mask.samples_B, (x.shape[0],))
 
 
@@ -233,10 +233,10 @@ def _run(x, w_D, b_D, residual, mask, eps, *, centred: bool) -> tuple[Tensor, Te
     _checked(x, w_D, b_D, residual, mask)
     rows = x.contiguous() if x.dim() > 1 else x.reshape(1, -1)
     residual = residual if residual is None else residual.contiguous().view(rows.shape)
-    samples, rate, key = None, 0.0, 0
+    samples, rate, key, first_token = None, 0.0, 0, 0
     if mask is not None and mask.rate > 0:
-        samples, rate, key = mask.samples_B, mask.rate, signed(mask.key)
-    y, h, _, _ = _norm(rows, residual, w_D, b_D, samples, rate, key, eps, centred)
+        samples, rate, key, first_token = mask.samples_B, mask.rate, signed(mask.key), mask.first_token
+    y, h, _, _ = _norm(rows, residual, w_D, b_D, samples, rate, key, first_token, eps, centred)
     return y.view(x.shape), x if residual is None and rate == 0 else h.view(x.shape)
 
 

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from megagpt.kernels import attention, cross_entropy, gelu, norm, residual, rotary, swiglu, tuning
 from megagpt.kernels.resources import SHARED_LIMIT, TENSOR_CORE, Resources, compiling_for, read
+from megagpt.kernels.visits import tiles_visited
 
 NVIDIA = ("sm80", "sm86", "sm90", "sm100")
 # (architecture, kernel, case) as regular expressions -> why the rule `spills` may be broken there.
@@ -209,6 +210,30 @@ def line(row: Row) -> str:
     )
 
 
+# Layers whose visited tiles are printed: name, tokens, and what `tiles_visited` takes.
+LAYERS: tuple[tuple[str, int, dict[str, Any]], ...] = (
+    ("2,048 tokens, causal", 2048, {}),
+    ("2,048 tokens, band of 256", 2048, {"window": 256}),
+    ("8,192 tokens, causal", 8192, {}),
+    ("8,192 tokens, band of 256", 8192, {"window": 256}),
+    ("8,192 tokens in 8 documents of 1,024", 8192, {"lengths": [1024] * 8}),
+    ("8,192 tokens, both sides", 8192, {"causal": False}),
+)
+
+
+def visits(architecture: str) -> Iterator[str]:
+    """Lines on how many tiles the forward of 128 features visits in one head, of all there are."""
+    with compiling_for(architecture):
+        cut = tuning.tile("attention_forward", torch.bfloat16, 128, torch.device("cpu"))
+    yield f"tiles of {cut.rows} x {cut.columns} that attention visits"
+    for name, T, options in LAYERS:
+        visited = tiles_visited(T, rows=cut.rows, columns=cut.columns, **options)
+        dense = (T // cut.rows) * (T // cut.columns)
+        window = options.get("window")
+        limit = f", at most {(window + cut.rows) / T:.1%} by (W + one tile) / T" if window else ""
+        yield f"  {name:38} {visited:5,} of {dense:5,}  {visited / dense:6.1%}{limit}"
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Print the report; the exit status is 1 if a rule is broken."""
     parser = argparse.ArgumentParser(
@@ -232,6 +257,8 @@ def main(arguments: list[str] | None = None) -> int:
         if architecture == "gfx942":
             say(f"{_lowered(architecture)} kernels lower to AMD code; none was ever run")
             continue
+        for text in visits(architecture):
+            say(text)
         say(HEADER)
         for row in measure(architecture, full=options.full, dtype=torch.bfloat16):
             say(line(row))

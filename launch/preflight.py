@@ -141,7 +141,7 @@ def bandwidth(place: int, nodes: int, *, on_gpu: bool) -> dict[str, Any]:
     """MiB/s of an all-reduce over all nodes, and of an exchange with each other node (by its place)."""
     import torch
     import torch.distributed as dist
-    from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
+    from torch._C._distributed_c10d import PrefixStore, TCPStore
 
     timeout = timedelta(seconds=MEETING_SECONDS)
     store = TCPStore(

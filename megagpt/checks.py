@@ -23,10 +23,10 @@ def checked(run: Run) -> Run:
     _check_data(run.data)
     _at_least("checkpoint.every", run.checkpoint.every, 0)
     _at_least("checkpoint.keep", run.checkpoint.keep, 1)
-    _check_heal(run.heal)
     _at_least("checkpoint.keep_every", run.checkpoint.keep_every, 0)
     _at_least("checkpoint.keep_best", run.checkpoint.keep_best, 0)
     _at_least("checkpoint.mtbf_hours", run.checkpoint.mtbf_hours, 0)
+    _check_heal(run.heal)
     _at_least("report.every", run.report.every, 1)
     _at_least("report.samples", run.report.samples, 0)
     return run
@@ -240,6 +240,8 @@ def _check_data(data: Data) -> None:
                 "Leave out a corpus that is not to be read.",
             )
     _at_least("data.prefetch", data.prefetch, 1)
+    _positive("data.cache_gib", data.cache_gib)
+    _at_least("data.patience", data.patience, 0)
     for name, value in (("data.max_epochs", data.max_epochs), ("data.window", data.window)):
         if value is not None:
             _at_least(name, value, 1)

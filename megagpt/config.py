@@ -107,13 +107,21 @@ class Data:
     """What the model reads."""
 
     mixture: Annotated[dict[str, int], _MIXTURE] = field(default_factory=dict)
-    """Corpus folder -> integer weight: of each `sum of weights` sequences so many come from it."""
+    """Corpus, a folder or a URL -> integer weight: of each `sum of weights` sequences so many come from it."""
     packing: Literal["chunk", "best_fit"] = "chunk"
     """chunk: documents end to end, cut at every context; best_fit: whole documents, fewer cuts, a little padding."""
     document_mask: bool = False
     """Keep attention and positions inside each document of a sequence."""
     prefetch: int = 4
     """Batches read ahead by the loader's thread."""
+    cache: str = "~/.cache/megagpt"
+    """Folder for what is read from stores (s3:// and the like): on a disk of the node, shared by all its ranks."""
+    cache_gib: float = 100.0
+    """GiB that the cache may hold; what was unused the longest is deleted."""
+    remote: Literal["auto", "shards", "blocks"] = "auto"
+    """Read whole shards from a store, or the blocks that are needed. auto: shards if the cache holds them."""
+    patience: float = 300.0
+    """Seconds that one read from a store is tried again before the run stops."""
     max_epochs: int | None = None
     """Times that the run may read a corpus: one that would read it more often is refused. None: no limit."""
     window: int | None = None

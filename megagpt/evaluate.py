@@ -46,11 +46,13 @@ def evaluate_corpus(
     data_rank: int = 0,
     data_ranks: int = 1,
     counts: bool = True,
+    reads: bool = True,
 ) -> Evaluation:
     """Evaluate a model on the held-out split. `loss_sum` gives the sum of a micro-batch's losses (nats) on this rank.
 
     Every data-parallel rank computes its part of the same sequences, in equally many micro-batches, and gets the same
-    answer. Of the ranks that share a replica one `counts`. Raises UserError if the corpus has no held-out documents.
+    answer. Of the ranks that share a replica one `counts`, and those of its middle stages read nothing. Raises
+    UserError if the corpus has no held-out documents.
     """
     available = open_sequences(corpus, "heldout", context=context, packing=data.packing).count
     batches = heldout_batches(
@@ -62,12 +64,13 @@ def evaluate_corpus(
         data_ranks=data_ranks,
         packing=data.packing,
         document_mask=data.document_mask,
+        reads=reads,
     )
     sums = _sums(loss_sum, batches, token_byte_lengths(corpus.tokenizer()))
     nats, tokens, size = sum_over_ranks(sums if counts else [0.0] * len(sums))
     loss = nats / tokens
     return Evaluation(
-        corpus=corpus.folder.name,
+        corpus=corpus.name,
         loss=loss,
         perplexity=math.exp(min(loss, 700.0)),
         bits_per_byte=nats / math.log(2) / size,

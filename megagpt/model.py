@@ -19,7 +19,17 @@ from torch.utils.checkpoint import checkpoint
 
 from megagpt import config
 from megagpt.data.batch import Batch, document_starts
-from megagpt.modules import Dropout, LayerNorm, Linear, RMSNorm, Table
+from megagpt.modules import (
+    AddDropout,
+    AddLayerNorm,
+    AddRMSNorm,
+    Dropout,
+    GeluLinear,
+    LayerNorm,
+    Linear,
+    RMSNorm,
+    Table,
+)
 from megagpt.ops import Operators, select
 from megagpt.philox import key_of
 
@@ -116,17 +126,16 @@ class Attention(nn.Module):
 
 
 class GeluFeedForward(nn.Module):
-    """down(gelu(up(x)))."""
+    """down(up(x)), where up ends in the GELU."""
 
     def __init__(self, model: config.Model, *, ops: Operators) -> None:
         super().__init__()
         bias = model.biases != "none"
-        self.up = Linear(model.width, model.feed_forward_width(), bias=bias)
+        self.up = GeluLinear(model.width, model.feed_forward_width(), bias=bias, ops=ops)
         self.down = Linear(model.feed_forward_width(), model.width, bias=bias)
-        self.ops = ops
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.down(self.ops.gelu(self.up(x_BTD)))
+        return self.down(self.up(x_BTD))
 
 
 class SwigluFeedForward(nn.Module):
@@ -146,7 +155,9 @@ class SwigluFeedForward(nn.Module):
 class Block(nn.Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x)).
 
-    Recomputation needs no generator's state, since dropout has none.
+    The addition after attention is part of the norm that follows it; the one after feed_forward is not part of the
+    next block's, since x alone is what layers, and pipeline stages, hand on. Recomputation needs no generator's
+    state, since dropout has none.
     """
 
     def __init__(self, model: config.Model, *, layer: int, seed: int, recompute: Recompute, ops: Operators) -> None:
@@ -154,10 +165,13 @@ class Block(nn.Module):
         self.attention_norm = _norm(model, ops)
         self.attention = Attention(model, layer=layer, seed=seed, ops=ops)
         self.attention_dropout = Dropout(model.dropout, f"blocks.{layer}.attention.residual", seed=seed, ops=ops)
-        self.feed_forward_norm = _norm(model, ops)
+        add_norm = AddLayerNorm if model.norm == "layernorm" else AddRMSNorm
+        self.feed_forward_norm = add_norm(model.width, eps=model.norm_eps, ops=ops)
         feed_forward = GeluFeedForward if model.feed_forward == "gelu" else SwigluFeedForward
         self.feed_forward = feed_forward(model, ops=ops)
-        self.feed_forward_dropout = Dropout(model.dropout, f"blocks.{layer}.feed_forward.residual", seed=seed, ops=ops)
+        self.feed_forward_dropout = AddDropout(
+            model.dropout, f"blocks.{layer}.feed_forward.residual", seed=seed, ops=ops
+        )
         self.recompute = recompute
 
     def forward(self, carry: Carry, cache: KeyValueCache | None = None) -> Carry:
@@ -168,15 +182,16 @@ class Block(nn.Module):
     def _whole(self, carry: Carry, cache: KeyValueCache | None) -> Carry:
         x_BTD, document_start_BT, samples_B = carry
         branch_BTD = self.attention(self.attention_norm(x_BTD), document_start_BT, samples_B, cache)
-        x_BTD = x_BTD + self.attention_dropout(branch_BTD, samples_B)
         if self.recompute == "selective":
-            branch_BTD = _recomputed(self._feed_forward_branch, x_BTD, samples_B)
+            x_BTD = _recomputed(self._second_half, branch_BTD, x_BTD, samples_B)
         else:
-            branch_BTD = self._feed_forward_branch(x_BTD, samples_B)
-        return x_BTD + branch_BTD, document_start_BT, samples_B
+            x_BTD = self._second_half(branch_BTD, x_BTD, samples_B)
+        return x_BTD, document_start_BT, samples_B
 
-    def _feed_forward_branch(self, x_BTD: Tensor, samples_B: Tensor) -> Tensor:
-        return self.feed_forward_dropout(self.feed_forward(self.feed_forward_norm(x_BTD)), samples_B)
+    def _second_half(self, branch_BTD: Tensor, x_BTD: Tensor, samples_B: Tensor) -> Tensor:
+        mask = self.attention_dropout.mask(samples_B)
+        y_BTD, x_BTD = self.feed_forward_norm(branch_BTD, x_BTD, mask)
+        return self.feed_forward_dropout(self.feed_forward(y_BTD), x_BTD, samples_B)
 
 
 def _recomputed(function: Callable[..., Any], *inputs: Any) -> Any:

@@ -28,6 +28,17 @@ class Linear(nn.Module):
         return F.linear(x, self.weight, self.bias)
 
 
+class GeluLinear(Linear):
+    """y = gelu(x W' + b), as `ops.linear_gelu`."""
+
+    def __init__(self, inputs: int, outputs: int, *, bias: bool, ops: Operators) -> None:
+        super().__init__(inputs, outputs, bias=bias)
+        self.ops = ops
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ops.linear_gelu(x, self.weight, self.bias)
+
+
 class Table(nn.Module):
     """One row of features for each index."""
 
@@ -52,6 +63,13 @@ class LayerNorm(nn.Module):
         return self.ops.layernorm(x, self.weight, self.bias, self.eps)
 
 
+class AddLayerNorm(LayerNorm):
+    """`ops.add_layernorm` with its weight and bias: (LayerNorm of h, h) with h = residual + dropout(x)."""
+
+    def forward(self, x_BTD: Tensor, residual_BTD: Tensor, mask: Mask | None) -> tuple[Tensor, Tensor]:
+        return self.ops.add_layernorm(x_BTD, residual_BTD, self.weight, self.bias, mask=mask, eps=self.eps)
+
+
 class RMSNorm(nn.Module):
     """`ops.rmsnorm` with its weight."""
 
@@ -62,6 +80,13 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.ops.rmsnorm(x, self.weight, self.eps)
+
+
+class AddRMSNorm(RMSNorm):
+    """`ops.add_rmsnorm` with its weight: (RMSNorm of h, h) with h = residual + dropout(x)."""
+
+    def forward(self, x_BTD: Tensor, residual_BTD: Tensor, mask: Mask | None) -> tuple[Tensor, Tensor]:
+        return self.ops.add_rmsnorm(x_BTD, residual_BTD, self.weight, mask=mask, eps=self.eps)
 
 
 class Dropout(nn.Module):
@@ -78,4 +103,11 @@ class Dropout(nn.Module):
 
     def forward(self, x_BTD: Tensor, samples_B: Tensor) -> Tensor:
         mask = self.mask(samples_B)
-        return x_BTD if mask is None else self.ops.dropout(x_BTD, mask)
+        return x_BTD if mask is None else self.ops.dropout(x_BTD, mask=mask)
+
+
+class AddDropout(Dropout):
+    """`ops.add_residual`: residual + dropout(x)."""
+
+    def forward(self, x_BTD: Tensor, residual_BTD: Tensor, samples_B: Tensor) -> Tensor:
+        return self.ops.add_residual(x_BTD, residual_BTD, mask=self.mask(samples_B))

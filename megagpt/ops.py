@@ -141,6 +141,27 @@ def rmsnorm(x: Tensor, w_D: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, w_D.shape, w_D, eps)
 
 
+def add_residual(x_BTD: Tensor, residual_BTD: Tensor, *, mask: Mask | None = None) -> Tensor:
+    """The end of a branch: residual + dropout(x)."""
+    return residual_BTD + (x_BTD if mask is None else dropout(x_BTD, mask))
+
+
+def add_layernorm(
+    x_BTD: Tensor, residual_BTD: Tensor, w_D: Tensor, b_D: Tensor | None, *, mask: Mask | None = None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The end of a branch and the start of the next: (LayerNorm of h, h) with h = residual + dropout(x)."""
+    h_BTD = add_residual(x_BTD, residual_BTD, mask=mask)
+    return layernorm(h_BTD, w_D, b_D, eps), h_BTD
+
+
+def add_rmsnorm(
+    x_BTD: Tensor, residual_BTD: Tensor, w_D: Tensor, *, mask: Mask | None = None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """(RMSNorm of h, h) with h = residual + dropout(x)."""
+    h_BTD = add_residual(x_BTD, residual_BTD, mask=mask)
+    return rmsnorm(h_BTD, w_D, eps), h_BTD
+
+
 def rotary(q_BTNK: Tensor, k_BTGK: Tensor, positions: Tensor, base: float) -> tuple[Tensor, Tensor]:
     """Queries and keys, each pair of features (i, i + K/2) turned by position * base^(-2i/K)  (Su et al. 2021,
     arXiv:2104.09864, with Llama's pairing).
@@ -162,9 +183,16 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
-def gelu(x: Tensor) -> Tensor:
-    """x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), GPT-2's form  (Hendrycks & Gimpel 2016, arXiv:1606.08415)."""
-    return F.gelu(x, approximate="tanh")
+def gelu(x: Tensor, b_H: Tensor | None = None) -> Tensor:
+    """y/2 (1 + tanh(sqrt(2/pi) (y + 0.044715 y^3))) with y = x + b, GPT-2's form  (Hendrycks & Gimpel 2016,
+    arXiv:1606.08415).
+    """
+    return F.gelu(x if b_H is None else x + b_H, approximate="tanh")
+
+
+def linear_gelu(x: Tensor, w_HD: Tensor, b_H: Tensor | None) -> Tensor:
+    """gelu(x w' + b). Here the product adds the bias; the kernels add it in the GELU, whose backward then sums db."""
+    return gelu(F.linear(x, w_HD, b_H))
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -232,9 +260,13 @@ class Operators:
     attention: Callable[..., Tensor]
     layernorm: Callable[..., Tensor]
     rmsnorm: Callable[..., Tensor]
+    add_residual: Callable[..., Tensor]
+    add_layernorm: Callable[..., tuple[Tensor, Tensor]]
+    add_rmsnorm: Callable[..., tuple[Tensor, Tensor]]
     cross_entropy: Callable[..., Tensor]
     rotary: Callable[..., tuple[Tensor, Tensor]]
     gelu: Callable[..., Tensor]
+    linear_gelu: Callable[..., Tensor]
     swiglu: Callable[..., Tensor]
     dropout: Callable[..., Tensor]
 
@@ -263,9 +295,13 @@ def select(kernels: str) -> Operators:
         attention=attention,
         layernorm=layernorm,
         rmsnorm=rmsnorm,
+        add_residual=add_residual,
+        add_layernorm=add_layernorm,
+        add_rmsnorm=add_rmsnorm,
         cross_entropy=cross_entropy,
         rotary=rotary,
         gelu=gelu,
+        linear_gelu=linear_gelu,
         swiglu=swiglu,
         dropout=dropout,
     )
@@ -287,9 +323,13 @@ def _triton(why: str) -> Operators:
         attention=attention_of_heads,
         layernorm=norm.layernorm,
         rmsnorm=norm.rmsnorm,
+        add_residual=residual.add_residual,
+        add_layernorm=norm.add_layernorm,
+        add_rmsnorm=norm.add_rmsnorm,
         cross_entropy=cross_entropy.cross_entropy,
         rotary=rotary.rotary,
         gelu=gelu.gelu,
+        linear_gelu=lambda x, w_HD, b_H: gelu.gelu(F.linear(x, w_HD), b_H),
         swiglu=swiglu.swiglu,
         dropout=residual.dropout,
     )

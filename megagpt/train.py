@@ -48,7 +48,7 @@ def fit(run: Run, out: Path, *, began: float | None = None) -> None:
     ranks.join(world=run.parallel.world_size())
     mesh = mesh_of(run.parallel, ranks.rank())
     with watched(run, out, mesh, clock) as watchdog, stop.StopSignal(out if mesh.rank == 0 else None) as wish:
-        corpora = open_mixture(run.data.mixture)
+        corpora = open_mixture(run.data.mixture, run.data)
         engine = Engine(run, mesh)
         if engine.device.type == "cuda":
             check_ranks_agree(engine.device)
@@ -136,6 +136,7 @@ def evaluate(run: Run, engine: Engine, progress: Progress, corpora: list[Corpus]
             data_rank=engine.mesh.data_rank,
             data_ranks=engine.mesh.data,
             counts=engine.mesh.reports,
+            reads=engine.mesh.reads_data,
         )
         journal.evaluation(result, step=progress.step, tokens=progress.tokens(run.model.context))
         losses.append(result.loss)

@@ -35,7 +35,7 @@ class Trained:
         """Raise UserError unless `corpus` was built with the tokenizer that the run was trained with."""
         if corpus.manifest.tokenizer_sha256 != self.tokenizer().sha256():
             raise UserError(
-                f"the corpus {corpus.folder} was built with another tokenizer than the run {self.folder}.",
+                f"the corpus {corpus.location} was built with another tokenizer than the run {self.folder}.",
                 f"Build it again with --tokenizer {self.folder}.",
             )
 

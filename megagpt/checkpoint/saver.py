@@ -62,6 +62,7 @@ class Saver:
 
         With `before` it is the newest of a step before that one, and has to be there.
         """
+        self.finish(journal)
         mesh, run = self._engine.mesh, self._run
         manifest, faults = newest_valid(self.root, rank=mesh.rank, ranks=mesh.world_size, before=before)
         for fault in faults:

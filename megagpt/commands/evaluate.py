@@ -16,7 +16,7 @@ class Eval:
 
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
-    corpus: tuple[Path, ...] = ()
+    corpus: tuple[str, ...] = ()
     """Corpora to evaluate on; none given: those of the run's mixture."""
     sequences: int = 256
     """Held-out sequences of each corpus."""
@@ -31,7 +31,8 @@ def run_eval(options: Eval) -> int:
     from megagpt.trained import default_device, open_trained
 
     trained = open_trained(options.run)
-    corpora = [open_corpus(folder) for folder in options.corpus or map(Path, trained.run.data.mixture)]
+    data = trained.run.data
+    corpora = [open_corpus(location, data) for location in options.corpus or data.mixture]
     for corpus in corpora:
         trained.refuse_other_tokenizer(corpus)
     device = default_device()
@@ -43,7 +44,7 @@ def run_eval(options: Eval) -> int:
             sequences=options.sequences,
             context=trained.run.model.context,
             micro_batch=trained.run.train.micro_batch,
-            data=trained.run.data,
+            data=data,
         )
         for corpus in corpora
     ]

@@ -53,7 +53,7 @@ def write_samples(out: Path, count: int) -> None:
 
     trained = open_trained(out)
     gpt, tokenizer, model = trained.model(default_device()), trained.tokenizer(), trained.run.model
-    corpora = [open_corpus(Path(folder)) for folder in trained.run.data.mixture]
+    corpora = [open_corpus(location, trained.run.data) for location in trained.run.data.mixture]
     samples = []
     for number in range(count):
         split = corpora[number % len(corpora)].split("heldout")

@@ -81,8 +81,13 @@ def finish(run: config.Run, out: Path) -> None:
 def ensure_quickstart_corpora(run: config.Run) -> None:
     """The quickstart reads the demo's corpora; whoever has not run the demo gets them now."""
     from megagpt.commands.demo import build_corpora
+    from megagpt.data.store import is_url
 
-    missing = [Path(folder) for folder in run.data.mixture if not Path(folder, "manifest.json").exists()]
+    missing = [
+        Path(folder)
+        for folder in run.data.mixture
+        if not is_url(folder) and not Path(folder, "manifest.json").exists()
+    ]
     if missing:
         build_corpora(missing[0].parent, vocabulary=run.model.vocabulary)
 
@@ -108,11 +113,11 @@ def prepare(run: config.Run, out: Path, *, write: bool) -> None:
     from megagpt.report.loggers import require_packages
 
     require_packages(run.report)
-    first = open_mixture(run.data.mixture)[0]
+    first = open_mixture(run.data.mixture, run.data)[0]
     if first.manifest.vocabulary > run.model.vocabulary:
         raise UserError(
             f"model.vocabulary = {run.model.vocabulary:,} is less than the {first.manifest.vocabulary:,} tokens of "
-            f"the tokenizer of {first.folder}.",
+            f"the tokenizer of {first.location}.",
             f"Use --model.vocabulary {-(-first.manifest.vocabulary // 64) * 64}.",
         )
     _refuse_other_model(run, out)

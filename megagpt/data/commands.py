@@ -84,8 +84,8 @@ class Convert:
 class Inspect:
     """Show what a corpus holds: counts, lengths, and the beginnings of some documents."""
 
-    corpus: Positional[Path]
-    """Folder of the corpus."""
+    corpus: Positional[str]
+    """Folder or URL of the corpus."""
     documents: int = 3
     """Documents to show the beginning of, spread evenly over the training split."""
     json: bool = False
@@ -96,10 +96,10 @@ class Inspect:
 class Verify:
     """Read a corpus whole and check every hash. Exit status 2 if anything is broken."""
 
-    corpus: Positional[Path]
-    """Folder of the corpus."""
+    corpus: Positional[str]
+    """Folder or URL of the corpus."""
     repair: bool = False
-    """Make lost or broken indices and packing plans again, where the shard itself is whole."""
+    """In a folder: make lost or broken indices and packing plans again, where the shard itself is whole."""
     json: bool = False
     """Print JSON."""
 
@@ -195,14 +195,7 @@ def run_inspect(options: Inspect) -> None:
 
 def run_verify(options: Verify) -> None:
     """`megagpt data verify`. Raises UserError if the folder is no corpus, or anything in it is broken."""
-    from megagpt.data.corpus import verify
-    from megagpt.data.manifest import load_manifest
-    from megagpt.data.pack import verify_plans
-
-    shards = len(load_manifest(options.corpus).shards)
-    problems = verify(options.corpus, repair=options.repair)
-    if not problems:
-        problems = verify_plans(options.corpus, repair=options.repair)
+    shards, problems = _verified(options)
     if options.json:
         print(json.dumps({"corpus": str(options.corpus), "shards": shards, "problems": problems}))
     else:
@@ -212,6 +205,21 @@ def run_verify(options: Verify) -> None:
             f"the corpus {options.corpus} has {len(problems):,} broken file{'s' * (len(problems) > 1)}.",
             "--repair makes indices and plans again; other files must be copied again, or the corpus rebuilt.",
         )
+
+
+def _verified(options: Verify) -> tuple[int, list[str]]:
+    """The corpus's shards, and what is wrong with it."""
+    from megagpt.data.corpus import open_corpus, verify, verify_remote
+    from megagpt.data.manifest import load_manifest
+    from megagpt.data.pack import verify_plans
+    from megagpt.data.store import is_url
+
+    if is_url(str(options.corpus)):
+        corpus = open_corpus(str(options.corpus))
+        return len(corpus.manifest.shards), verify_remote(corpus)
+    folder = Path(options.corpus)
+    problems = verify(folder, repair=options.repair) or verify_plans(folder, repair=options.repair)
+    return len(load_manifest(folder).shards), problems
 
 
 def _summary(manifest: Manifest) -> dict[str, Any]:
@@ -229,7 +237,7 @@ def _summary(manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def _rows(folder: Path, manifest: Manifest) -> list[tuple[str, ...]]:
+def _rows(folder: Path | str, manifest: Manifest) -> list[tuple[str, ...]]:
     def row(name: str, value: str) -> tuple[str, ...]:
         return name, *(format(_figure(manifest.counts[split], name), value) for split in ("train", "heldout"))
 

@@ -9,6 +9,7 @@ Letters: B rows of a micro-batch, T tokens a row, S = B * T + 1.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -18,12 +19,14 @@ import torch
 
 from megagpt.data.batch import IGNORE, Batch
 from megagpt.data.corpus import Corpus
+from megagpt.data.fetch import AHEAD_BYTES
 from megagpt.data.order import Cursor, Packing, sequences
 from megagpt.data.pack import Sequences, open_sequences
 from megagpt.data.prefetch import Prefetched
 from megagpt.errors import UserError
 
 Row = tuple[Sequences, int]  # a sequence of a split, by its number
+_ROWS_AHEAD = 1 << 12  # rows that are asked for before they are needed, if they are remote
 _ORDER_AHEAD = 1 << 14  # positions that are ordered in one call, since each call costs about 1 ms
 
 
@@ -134,7 +137,10 @@ def train_steps(
 
     def steps() -> Iterator[list[Batch]]:
         consumed = cursor.consumed
-        for share in _ordered(cursor, _shares(consumed, global_batch, micro_batch, data_rank, data_ranks)):
+        shares = _ordered(cursor, _shares(consumed, global_batch, micro_batch, data_rank, data_ranks))
+        if any(corpus.remote is not None for corpus in corpora):
+            shares = _asked_ahead(shares, tables)
+        for share in shares:
             consumed += global_batch(consumed)
             cursor.check_repetition(consumed)
             batches = [
@@ -212,6 +218,20 @@ def _ordered(cursor: Cursor, shares: Iterator[np.ndarray]) -> Iterator[_Share]:
             yield _Share(samples, corpus[start:stop], sequence[start:stop])
 
 
+def _asked_ahead(shares: Iterator[_Share], tables: Mapping[int, Sequences]) -> Iterator[_Share]:
+    """The same shares, each once what the next ones need has been asked for, within bounds."""
+    waiting: deque[tuple[_Share, int]] = deque()
+    asked = rows = 0
+    for share in shares:
+        size = sum(table.ask(sequence) for table, sequence in share.rows(tables, 0, len(share.samples)))
+        waiting.append((share, size))
+        asked, rows = asked + size, rows + len(share.samples)
+        while len(waiting) > 2 and (asked > AHEAD_BYTES or rows > _ROWS_AHEAD):
+            share, size = waiting.popleft()
+            asked, rows = asked - size, rows - len(share.samples)
+            yield share
+
+
 def heldout_batches(
     corpus: Corpus,
     *,
@@ -222,11 +242,13 @@ def heldout_batches(
     data_ranks: int,
     packing: Packing,
     document_mask: bool,
+    reads: bool = True,
 ) -> Iterator[Batch]:
     """Micro-batches of this data rank in an evaluation: `sequences` held-out ones, spread evenly over the split.
 
     All of them if the split has fewer. Every rank yields equally many micro-batches of equal size; what is missing
-    are rows of padding without targets. Raises UserError if the held-out split is empty.
+    are rows of padding without targets, and every row of a rank that only passes batches on and `reads` none.
+    Raises UserError if the held-out split is empty.
     """
     table = open_sequences(corpus, "heldout", context=context, packing=packing)
     layout = _layout(corpus, context, packing, document_mask=document_mask)
@@ -234,5 +256,6 @@ def heldout_batches(
     steps = -(-count // (micro_batch * data_ranks))
     for step in range(steps):
         samples_B = (step * data_ranks + data_rank) * micro_batch + np.arange(micro_batch)
-        rows = [(table, sample * table.count // count) if sample < count else None for sample in samples_B.tolist()]
+        numbers = [sample * table.count // count if sample < count else None for sample in samples_B.tolist()]
+        rows = [(table, number) if reads and number is not None else None for number in numbers]
         yield layout.batch(rows, samples_B)

@@ -82,12 +82,21 @@ def load_manifest(folder: Path) -> Manifest:
     """Read and check a corpus's manifest. Raises UserError if it is missing, changed or of another version."""
     path = folder / "manifest.json"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        fingerprint, found = content.pop("fingerprint"), content.get("format")
+        content = path.read_bytes()
     except FileNotFoundError as error:
         rule = f"{folder} is not a corpus: it has no manifest.json."
         raise UserError(rule, "Build one with 'megagpt data build', or finish a build that was stopped.") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    return parse_manifest(content, path)
+
+
+def parse_manifest(text: bytes, path: Path | str) -> Manifest:
+    """The manifest with this content; `path` is for messages. Raises UserError as load_manifest."""
+    try:
+        content = json.loads(text.decode())
+        fingerprint, found = content.pop("fingerprint"), content.get("format")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _unreadable(path, error) from error
     if found != FORMAT:
         raise UserError(
@@ -102,7 +111,7 @@ def load_manifest(folder: Path) -> Manifest:
         raise _unreadable(path, error) from error
 
 
-def _unreadable(path: Path, error: Exception) -> UserError:
+def _unreadable(path: Path | str, error: Exception) -> UserError:
     return UserError(f"{path} is not a corpus's manifest: {error!r}.", "Build the corpus again.")
 
 

@@ -120,11 +120,12 @@ class Cursor:
                 "Go back to a checkpoint before the range, and name a range that is not empty.",
             )
         begin, end = self.passed(first), self.passed(stop - 1) + 1
-        begin = min([was for was, to in self.skipped if to == begin], default=begin)
-        apart = [(was, to) for was, to in self.skipped if to < begin or was > end]
+        joined = [(begin, end), *(bounds for bounds in self.skipped if begin <= bounds[1] and bounds[0] <= end)]
+        apart = [bounds for bounds in self.skipped if bounds not in joined]
         if len(apart) == _MOST_SKIPS:
             raise UserError(f"the run skips {_MOST_SKIPS} ranges of its data already; its fault lies elsewhere.")
-        return replace(self, skipped=tuple(sorted([*apart, (begin, end)])))
+        whole = (min(first for first, _ in joined), max(stop for _, stop in joined))
+        return replace(self, skipped=tuple(sorted([*apart, whole])))
 
     def passed(self, position: int) -> int:
         """Where a position lies in the stream with nothing skipped."""

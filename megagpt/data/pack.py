@@ -47,6 +47,10 @@ class Sequences(Protocol):
         """Indices into the row, above 0, at which another document begins, ascending."""
         ...
 
+    def ask(self, sequence: int) -> int:
+        """Have it fetched, if it is remote; about how many bytes that takes."""
+        ...
+
     def pieces(self, sequence: int) -> list[tuple[int, int]]:
         """(position in the split, length) of the runs of tokens that the row holds."""
         ...
@@ -68,6 +72,10 @@ class Chunks:
     def seams(self, sequence: int) -> list[int]:
         start = sequence * self.context
         return self.split.seams(start, min(start + self.context + 1, self.split.tokens))
+
+    def ask(self, sequence: int) -> int:
+        start = sequence * self.context
+        return self.split.ask(start, start + self.context + 1)
 
     def pieces(self, sequence: int) -> list[tuple[int, int]]:
         start = sequence * self.context
@@ -94,6 +102,11 @@ class BestFit:
 
     def seams(self, sequence: int) -> list[int]:
         return list(accumulate(self._piece_length[self._row_first[sequence] : self._row_first[sequence + 1] - 1]))
+
+    def ask(self, sequence: int) -> int:
+        pieces = slice(self._row_first[sequence], self._row_first[sequence + 1])
+        spans = zip(self._piece_start[pieces], self._piece_length[pieces], strict=True)
+        return sum(self.split.ask(start, start + length) for start, length in spans)
 
     def pieces(self, sequence: int) -> list[tuple[int, int]]:
         pieces = slice(self._row_first[sequence], self._row_first[sequence + 1])

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
+_SECONDS_TO_END = 20.0
 
 
 class Prefetched(Generic[Item]):
@@ -47,14 +49,17 @@ class Prefetched(Generic[Item]):
         raise StopIteration if self._end.error is None else self._end.error
 
     def close(self) -> None:
-        """Stop the thread and wait for it. No item comes after this."""
+        """Stop the thread and wait for it. No item comes after this.
+
+        One that is held up, by a store that does not answer, is left to end by itself.
+        """
         self._closing.set()
-        while self._thread.is_alive():
+        deadline = time.monotonic() + _SECONDS_TO_END
+        while self._thread.is_alive() and time.monotonic() < deadline:
             try:
                 self._queue.get(timeout=0.01)
             except queue.Empty:
                 continue
-        self._thread.join()
         self._end = _End(None)
 
     def __enter__(self) -> Prefetched[Item]:

@@ -30,7 +30,7 @@ from typing import BinaryIO, cast
 import numpy as np
 from webdataset.writer import TarWriter
 
-from megagpt.data.tables import read_table, sha256_of, table_bytes
+from megagpt.data.tables import mapped, read_table, sha256_of, table_bytes
 from megagpt.files import whole, write_whole
 
 BLOCK_TOKENS = 1 << 16
@@ -196,13 +196,12 @@ class Shard:
     """
 
     def __init__(self, folder: Path, entry: ShardEntry, dtype: np.dtype) -> None:
-        index = _checked_index(folder, entry, dtype)
+        index = checked_index(folder / f"{entry.name}.index", entry, dtype)
         self.document_ends = index["document_end"].data
         self.block_crc32 = index["block_crc32"]
         self._block_start = index["block_start"].data
         self._first = (index["block_offset"] // dtype.itemsize).data
-        # A plain view: slicing np.memmap itself is four times slower. Payloads are 64-byte aligned.
-        self._content = np.memmap(folder / f"{entry.name}.tar", dtype=dtype, mode="r").view(np.ndarray)
+        self._content = mapped(folder / f"{entry.name}.tar", dtype)  # payloads are 64-byte aligned
 
     def copy(self, start: int, out: np.ndarray) -> None:
         """out[:] = the shard's tokens from `start` on."""
@@ -224,9 +223,8 @@ class Shard:
                 yield block
 
 
-def _checked_index(folder: Path, entry: ShardEntry, dtype: np.dtype) -> Mapping[str, np.ndarray]:
+def checked_index(path: Path, entry: ShardEntry, dtype: np.dtype) -> Mapping[str, np.ndarray]:
     """The index, after its hash: a flipped bit in it would silently move every token after it."""
-    path = folder / f"{entry.name}.index"
     if sha256_of(path.read_bytes()) != entry.index_sha256:
         raise ValueError(f"{path} is not the index that the manifest describes")
     arrays, metadata = read_table(path)

@@ -212,7 +212,7 @@ def join(*, world: int) -> None:
 
 def _meeting(world: int, timeout: timedelta) -> dict[str, Any]:
     """Where the ranks meet: forked ones at a file, a supervisor's at a port under its token, others as torch does."""
-    from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
+    from torch._C._distributed_c10d import PrefixStore, TCPStore
 
     file, token = os.environ.get("MEGAGPT_MEETING"), os.environ.get(TOKEN)
     if file:

@@ -13,7 +13,7 @@ Source: Shoeybi et al. 2019, arXiv:1909.08053; Korthikanti et al. 2022, arXiv:22
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from megagpt.config import Model
 from megagpt.model import Attention, Block, Embedding, Head
-from megagpt.modules import Linear, RMSNorm, Table
-from megagpt.ops import Operators
+from megagpt.modules import GeluLinear, Linear, RMSNorm, Table
+from megagpt.ops import Mask, Operators
 from megagpt.parallel import cut as cuts
 from megagpt.parallel.collectives import ColumnProduct, reduced, reduced_to_own_tokens, summed
 from megagpt.parallel.cut import Cut, Place
@@ -68,12 +68,27 @@ class ColumnLinear(nn.Module):
         self.tensors, self.shared = tensors, shared
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        finish = _unchanged if self.shared is None else self.shared.summed_gradient
-        y = ColumnProduct.apply(x_BTD, self.weight, self.tensors.group, self.tensors.sequence_parallel, finish)
-        assert isinstance(y, Tensor)
+        y = self.product(x_BTD)
         if self.bias is None:
             return y
         return y + (self.bias if self.shared is None else _SharedGradient.apply(self.bias, self.shared))
+
+    def product(self, x_BTD: Tensor) -> Tensor:
+        finish = _unchanged if self.shared is None else self.shared.summed_gradient
+        y = ColumnProduct.apply(x_BTD, self.weight, self.tensors.group, self.tensors.sequence_parallel, finish)
+        assert isinstance(y, Tensor)
+        return y
+
+
+class ColumnGelu(ColumnLinear):
+    """gelu(x_BTD W' + b), of which this rank gives the columns of its rows of W and b."""
+
+    def __init__(self, whole: GeluLinear, cut: Cut, tensors: Tensors) -> None:
+        super().__init__(whole, cut, tensors)
+        self.ops = whole.ops
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.ops.gelu(self.product(x_BTD), self.bias)
 
 
 class RowLinear(nn.Module):
@@ -184,19 +199,14 @@ def _cut_embedding(embedding: Embedding, model: Model, tensors: Tensors) -> None
 def _cut_block(block: Block, model: Model, tensors: Tensors) -> None:
     _cut_attention(block.attention, model, tensors)
     feed_forward: Any = block.feed_forward
-    for name in ("up", "gate_up"):
+    for name, kind in (("up", ColumnGelu), ("gate_up", ColumnLinear)):
         if hasattr(feed_forward, name):
             cut = cuts.CUTS[f"feed_forward.{name}"](model, tensors.place)
-            setattr(feed_forward, name, ColumnLinear(getattr(feed_forward, name), cut, tensors))
+            setattr(feed_forward, name, kind(getattr(feed_forward, name), cut, tensors))
     down = cuts.CUTS["feed_forward.down"](model, tensors.place)
     feed_forward.down = RowLinear(feed_forward.down, down, tensors)
     if tensors.sequence_parallel:
-        own: tuple[Any, ...] = (
-            block.attention_norm,
-            block.feed_forward_norm,
-            block.attention_dropout,
-            block.feed_forward_dropout,
-        )
+        own: tuple[Any, ...] = (block.attention_norm, block.feed_forward_norm, block.feed_forward_dropout)
         for module in own:
             module.ops = _on_own_tokens(module.ops, tensors)
 
@@ -240,16 +250,29 @@ def _with_summed_norms(ops: Operators, group: Any) -> Operators:
         ops,
         layernorm=lambda x, w, b, eps: ops.layernorm(x, summed(w, group), summed(b, group), eps),
         rmsnorm=lambda x, w, eps: ops.rmsnorm(x, summed(w, group), eps),
+        add_layernorm=lambda x, h, w, b, **rest: ops.add_layernorm(x, h, summed(w, group), summed(b, group), **rest),
+        add_rmsnorm=lambda x, h, w, **rest: ops.add_rmsnorm(x, h, summed(w, group), **rest),
     )
 
 
 def _on_own_tokens(ops: Operators, tensors: Tensors) -> Operators:
     """Norms and dropout where a rank has its own tokens of each sequence."""
+    norms = _with_summed_norms(ops, tensors.group)
 
-    def dropout(x_BTD: Tensor, mask: Any) -> Tensor:
-        return ops.dropout(x_BTD, replace(mask, first_token=tensors.place.rank * x_BTD.shape[1]))
+    def own(operator: Callable[..., Any]) -> Callable[..., Any]:
+        def of_own_tokens(x_BTD: Tensor, *rest: Any, mask: Mask | None, **options: Any) -> Any:
+            placed = None if mask is None else replace(mask, first_token=tensors.place.rank * x_BTD.shape[1])
+            return operator(x_BTD, *rest, mask=placed, **options)
 
-    return replace(_with_summed_norms(ops, tensors.group), dropout=dropout)
+        return of_own_tokens
+
+    return replace(
+        norms,
+        dropout=own(ops.dropout),
+        add_residual=own(ops.add_residual),
+        add_layernorm=own(norms.add_layernorm),
+        add_rmsnorm=own(norms.add_rmsnorm),
+    )
 
 
 def _on_own_heads(ops: Operators, model: Model, place: Place) -> Operators:

@@ -16,7 +16,7 @@ from megagpt.verify import task
 
 WATCHED = (
     "embedding.token", "embedding.position", "embedding", "attention_norm", "attention.query_key_value",
-    "attention.output", "attention_dropout", "feed_forward_norm", "feed_forward.up", "feed_forward.gate_up",
+    "attention.output", "feed_forward_norm", "feed_forward.up", "feed_forward.gate_up",
     "feed_forward.down", "feed_forward_dropout", "head.norm", "head.output",
 )  # fmt: skip
 """Modules whose outputs are compared, by the ends of their names, in forward order within a layer."""

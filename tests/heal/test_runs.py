@@ -219,7 +219,7 @@ def test_a_step_computed_twice_changes_nothing_and_finds_the_rank_that_computes_
     assert fit(careful, tmp_path / "spoilt", before=wrong_once(rank=1, passes=3)) == 1
     assert "a step computed twice gave two results: the output of rank" in capfd.readouterr().err
     (event,) = events(tmp_path / "spoilt", "corruption")
-    assert event["rank"] == (0 if layout.tensor > 1 else 1)  # tensor ranks share every sum
+    assert event["rank"] in ((0, 1) if layout.tensor > 1 else (1,))  # tensor ranks share every sum
     word = outcome.read(tmp_path / "spoilt" / "attempts" / "0001" / f"rank-{event['rank']:05d}.json")
     assert word is not None
     assert (word.cause, word.retry) == ("corruption", "exclude_node")

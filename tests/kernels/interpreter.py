@@ -77,6 +77,10 @@ def repair_bfloat16(patch) -> None:
             rounded(np.sum(widened(x.handle.data), axis=self.axis, keepdims=self.keep_dims)), x.dtype
         )
 
+    def constant(_self, value):  # Triton 3.6 has none
+        return Handle(rounded(np.array([value])), tl.bfloat16)
+
+    patch.setattr(Builder, "get_bf16", constant, raising=False)
     patch.setattr(Builder, "create_dot", repaired_dot)
     patch.setattr(Builder, "cast_impl", repaired_cast)
     patch.setattr(Builder, "binary_op", repaired_binary)

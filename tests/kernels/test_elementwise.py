@@ -74,6 +74,14 @@ def test_a_part_of_the_tokens_loses_what_it_would_lose_in_the_whole():
     assert torch.equal(dropout(x[:, 5:], replace(mask(2), first_token=5)), whole[:, 5:])
 
 
+def test_an_addition_without_dropout_and_bias_hands_its_gradient_on():
+    x, residual = (random(2, 3, 20, dtype=torch.float16, seed=seed).requires_grad_() for seed in (1, 2))
+    y = add_residual(x, residual)
+    assert torch.equal(y, residual + x)
+    upstream = random(2, 3, 20, dtype=torch.float16, seed=3)
+    assert all(torch.equal(grad, upstream) for grad in torch.autograd.grad(y, (x, residual), upstream))
+
+
 def test_an_overflow_in_a_gate_is_a_limit_and_not_a_nan():
     x = torch.tensor([[-1e4, 1e4, 1.0, 1.0]], device=DEVICE, requires_grad=True)
     y = swiglu(x)

@@ -37,8 +37,8 @@ def operators():
     return [
         (calls.attention, (q, k, v, start, start + 6, samples, 6, 0, 0.25, 2.0, 0.1, 5, 0)),
         (calls.attention, (q, k, v, None, None, None, 6, 0, 0.25, 0.0, 0.0, 0, 0)),
-        (calls.norm, (x, r, w, b, samples, 0.1, 5, 1e-5, True)),
-        (calls.norm, (x, None, w, None, None, 0.0, 0, 1e-5, False)),
+        (calls.norm, (x, r, w, b, samples, 0.1, 5, 7, 1e-5, True)),
+        (calls.norm, (x, None, w, None, None, 0.0, 0, 0, 1e-5, False)),
         (calls.cross_entropy, (logits, targets, 0, 13, True)),
         (calls.rotary, (q, k, angle.cos(), angle.sin())),
         (calls.gelu, (x, b)),

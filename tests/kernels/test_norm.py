@@ -1,12 +1,14 @@
 """The norms against fp64, alone and fused with the residual's addition and dropout."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from megagpt.kernels import norm, tuning
 from megagpt.kernels.residual import residual_reference
 from megagpt.ops import Mask
-from tests.kernels.helpers import DEVICE, DTYPES, assert_as_exact_as_torch, assert_repeats, random
+from tests.kernels.helpers import DEVICE, DTYPES, assert_as_exact_as_torch, assert_repeats, random, with_gradients
 
 pytestmark = pytest.mark.usefixtures("careful")
 
@@ -65,6 +67,17 @@ def test_the_new_residual_is_rounded_once_and_its_norm_is_that_of_the_rounded_on
     y, h = norm.add_layernorm(x, residual, w, b)
     assert torch.equal(h, residual + x)
     assert torch.equal(y, norm.layernorm(h, w, b))
+
+
+def test_later_tokens_of_a_sequence_drop_what_they_drop_in_the_whole_one():
+    inputs = [random(2, 8, 24, dtype=torch.float32, seed=seed) for seed in (1, 4)]
+    w, b = weights(24, torch.float32)
+    whole = with_gradients(lambda x, r: norm.add_layernorm(x, r, w, b, mask=mask(2)), inputs, torch.float32)
+    x, residual = later = [tensor[:, 5:].detach().requires_grad_() for tensor in inputs]
+    out = norm.add_layernorm(x, residual, w, b, mask=replace(mask(2), first_token=5))
+    upstream = [random(2, 8, 24, dtype=torch.float32, seed=900 + i)[:, 5:] for i in range(2)]
+    for found, expected in zip((*out, *torch.autograd.grad(out, later, upstream)), whole, strict=True):
+        assert torch.equal(found, expected[:, 5:])
 
 
 def test_input_that_is_not_contiguous_gives_the_same_bits():
