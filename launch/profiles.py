@@ -8,7 +8,8 @@ from pathlib import Path
 
 from megagpt.config import tomllib
 from megagpt.errors import UserError, did_you_mean
-from megagpt.launch.spec import Cluster, build
+from megagpt.launch.spec import Cluster
+from megagpt.settings import build
 
 
 def folder() -> Path:
@@ -30,7 +31,7 @@ def load_cluster(name: str) -> Cluster:
     try:
         cluster = build(Cluster, tomllib.loads(path.read_text(encoding="utf-8")))
     except ValueError as error:
-        raise UserError(f"{path}: {error}.") from error
+        raise UserError(f"{path}: {error}") from error
     _check(cluster, path)
     return cluster
 

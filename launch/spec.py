@@ -13,11 +13,11 @@ import dataclasses
 import json
 import os
 import sys
-import types
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Literal
+
+from megagpt.settings import build
 
 FORMAT = 1
 Kind = Literal["slurm", "torchrun", "hostfile", "kubernetes", "local"]
@@ -170,7 +170,7 @@ def from_json(text: str) -> Launch:
     """The launch of `to_json`. Raises ValueError for another format, an unknown key or a value of another type."""
     values = json.loads(text)
     if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
-        raise ValueError(f"not a launch of format {FORMAT}")
+        raise ValueError(f"not a launch of format {FORMAT}.")
     return build(Launch, values)
 
 
@@ -180,46 +180,6 @@ def read_launch(path: Path) -> Launch:
         return from_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-
-
-def build(kind: type, values: dict[str, Any], *, where: str = "") -> Any:
-    """A dataclass from a table of JSON or TOML: every key must be a field, every value of the field's type.
-
-    Raises ValueError with the key's full name.
-    """
-    hints = typing.get_type_hints(kind)
-    names = [spec.name for spec in dataclasses.fields(kind)]
-    found = {}
-    for key, value in values.items():
-        if key not in names:
-            raise ValueError(f"no setting is called {where}{key}; there are {', '.join(names)}")
-        found[key] = _value(hints[key], value, name=f"{where}{key}")
-    return kind(**found)
-
-
-def _value(kind: Any, value: Any, *, name: str) -> Any:
-    """`value` as the field's type asks: lists become tuples, tables become dataclasses."""
-    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
-        return build(typing.cast(type, kind), value, where=f"{name}.")
-    if get_origin(kind) is Literal:
-        if value in get_args(kind):
-            return value
-        raise ValueError(f"{name} = {value!r} is not one of {', '.join(map(str, get_args(kind)))}")
-    if get_origin(kind) is tuple and isinstance(value, list):
-        items = get_args(kind)
-        kinds = [items[0]] * len(value) if items[-1] is Ellipsis else list(items)
-        if len(kinds) == len(value):
-            return tuple(
-                _value(item, part, name=f"{name}[{place}]")
-                for place, (item, part) in enumerate(zip(kinds, value, strict=True))
-            )
-    if get_origin(kind) is dict and isinstance(value, dict):
-        return {key: _value(get_args(kind)[1], item, name=f"{name}.{key}") for key, item in value.items()}
-    if kind is float and type(value) is int:
-        return float(value)
-    if isinstance(kind, type) and not isinstance(kind, types.GenericAlias) and type(value) is kind:
-        return value
-    raise ValueError(f"{name} = {value!r} must be of type {getattr(kind, '__name__', kind)}")
 
 
 def interpreter(cluster: Cluster, kind: Kind) -> str:

@@ -7,16 +7,14 @@ rank starts. Nothing here imports torch: `megagpt --help` stays instant.
 
 from __future__ import annotations
 
-import dataclasses
 import sys
-import types
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Literal
 
 from tyro.constructors import PrimitiveConstructorSpec
 
+from megagpt import settings
 from megagpt.errors import UserError, did_you_mean
 
 if sys.version_info >= (3, 11):
@@ -309,76 +307,15 @@ def load(name: str) -> Run:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not TOML: {error}.") from error
-    return _build(Run, values, where="", source=str(path))
-
-
-def _build(kind: type, values: dict[str, Any], *, where: str, source: str) -> Any:
-    """A dataclass of `kind` from a TOML table; every key must be a field, every value of its type."""
-    hints = typing.get_type_hints(kind)
-    known = {spec.name: hints[spec.name] for spec in dataclasses.fields(kind)}
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        name = f"{where}{key}"
-        if key not in known:
-            raise UserError(f"{source}: no setting is called {name}.{did_you_mean(key, known)}")
-        if dataclasses.is_dataclass(known[key]):
-            if not isinstance(value, dict):
-                raise UserError(f"{source}: {name} is a section, written [{name}], and not a value.")
-            found[key] = _build(typing.cast(type, known[key]), value, where=f"{name}.", source=source)
-        else:
-            found[key] = _value(known[key], value, name=name, source=source)
-    return kind(**found)
-
-
-def _value(kind: Any, value: Any, *, name: str, source: str) -> Any:
-    if get_origin(kind) is Literal:
-        if value not in get_args(kind):
-            choices = ", ".join(str(choice) for choice in get_args(kind))
-            raise UserError(f"{source}: {name} = {value!r} is not one of {choices}.")
-        return value
-    if get_origin(kind) is dict:
-        if not isinstance(value, dict) or not all(type(weight) is int for weight in value.values()):
-            raise UserError(f"{source}: {name} = {value!r} must be a table of corpus = whole number.")
-        return value
-    options = get_args(kind) if get_origin(kind) is types.UnionType else (kind,)
-    if float in options and type(value) is int:
-        value = float(value)
-    if type(value) not in options:
-        names = " or ".join(option.__name__ for option in options if option is not type(None))
-        raise UserError(f"{source}: {name} = {value!r} must be of type {names}.")
-    return value
+    try:
+        return settings.build(Run, values)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def to_toml(run: Run) -> str:
     """The whole tree as TOML; None is left out, since it is every such field's default. `load` reads it back equal."""
-    lines = [f"seed = {run.seed}"]
-    for spec in dataclasses.fields(run):
-        section = getattr(run, spec.name)
-        if not dataclasses.is_dataclass(section):
-            continue
-        lines += ["", f"[{spec.name}]"]
-        lines += [
-            f"{item.name} = {_toml_value(getattr(section, item.name))}"
-            for item in dataclasses.fields(section)
-            if getattr(section, item.name) is not None
-        ]
-    return "\n".join(lines) + "\n"
-
-
-def _toml_value(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, int | float):
-        return repr(value)
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{_toml_value(key)} = {_toml_value(item)}" for key, item in value.items()) + "}"
-    return '"' + "".join(_toml_character(character) for character in str(value)) + '"'
-
-
-def _toml_character(character: str) -> str:
-    if character in '"\\':
-        return "\\" + character
-    return character if character.isprintable() else f"\\U{ord(character):08x}"
+    return settings.to_toml(run)
 
 
 def steps_of(run: Run) -> int:
