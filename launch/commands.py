@@ -124,7 +124,7 @@ def spelled(words: Sequence[str]) -> list[str]:
     return found
 
 
-def run_launch(options: LaunchRun, *, kind: Kind) -> int:
+def run_launch(options: LaunchRun, *, kind: Kind, preset: str) -> int:
     """Check, show or submit. Raises UserError for whatever can be refused before anything is submitted."""
     runs = _swept(options) if kind == "slurm" else {"": options}
     launches, files, layouts = [], {}, []
@@ -143,7 +143,7 @@ def run_launch(options: LaunchRun, *, kind: Kind) -> int:
         _show(text, script, files, options)
         return 0
     for chosen in runs.values():
-        _check_data(chosen)
+        _check_data(chosen, preset)
     if kind == "slurm":
         submit.check_slurm(launches[0])
     submit.write_files({**files, script: text})
@@ -256,14 +256,14 @@ def _show(text: str, script: Path, files: dict[Path, str], options: LaunchRun) -
         print("megagpt: the same as the last submission.", file=sys.stderr)
 
 
-def _check_data(options: LaunchRun) -> None:
+def _check_data(options: LaunchRun, preset: str) -> None:
     """The run with its corpora, as train will check them again."""
     from megagpt.commands.train import ensure_quickstart_corpora, prepare
 
     run = config.Run(**{spec.name: getattr(options, spec.name) for spec in dataclasses.fields(config.Run)})
     single = dataclasses.replace(run, parallel=config.Parallel())
     checked(dataclasses.replace(single, train=dataclasses.replace(run.train, ramp_start=None)))
-    if all(folder.startswith("corpora/") for folder in run.data.mixture):
+    if preset == "quickstart":
         ensure_quickstart_corpora(run)
     prepare(run, options.out, write=False)
     for cost in costs_of(run):

@@ -44,7 +44,6 @@ class Rehearsal:
 
     slurm: Slurm
     launch: Launch
-    submitted: float = field(default_factory=time.time)
     jobs: list[str] = field(default_factory=list)
 
     @property

@@ -7,7 +7,6 @@ import json
 import shutil
 import subprocess
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from tyro.conf import Positional
 from megagpt import outcome, stop
 from megagpt.config import load, steps_of
 from megagpt.errors import UserError
+from megagpt.heal.goodput import goodput
 from megagpt.launch import submit
 from megagpt.launch.spec import Launch, read_launch
 from megagpt.launch.why import first_cause
@@ -98,7 +98,8 @@ def status_of(out: Path) -> dict[str, Any]:
     launch = launch_of(out)
     jobs = read_records(out / "launch" / "jobs.jsonl")
     steps, events = read_records(out / "metrics.jsonl"), read_records(out / "events.jsonl")
-    total = steps_of(load(str(out / "launch" / "run.toml")))
+    run = load(str(out / "launch" / "run.toml"))
+    total = steps_of(run)
     recent = steps[-RECENT:]
     seconds = sum(record["seconds"] for record in recent)
     pace = seconds / len(recent) if recent else None
@@ -107,6 +108,7 @@ def status_of(out: Path) -> dict[str, Any]:
     attempts = attempt_folders(out)
     ended = _outcome(attempts[-1]) if attempts else None
     done = steps[-1]["step"] if steps else 0
+    split = goodput(out, mtbf_hours=run.checkpoint.mtbf_hours)
     return {
         "run": str(out),
         "state": queue.get("state") or (ended.result if ended else _last_event(events)),
@@ -120,17 +122,9 @@ def status_of(out: Path) -> dict[str, Any]:
         "loss": steps[-1]["loss"] if steps else None,
         "tokens_per_s": sum(r["tokens_per_s"] * r["seconds"] for r in recent) / seconds if seconds else None,
         "mfu": recent[-1]["mfu"] if recent else None,
-        "goodput": goodput(steps, jobs, now=_newest(out / "metrics.jsonl")),
+        "goodput": split.share() if split else None,
         "seconds_left": pace * (total - done) if pace is not None else None,
     }
-
-
-def goodput(steps: list[dict[str, Any]], jobs: list[dict[str, Any]], *, now: float) -> float | None:
-    """The share of the time since the first submission, queue and all, that steps took which still count."""
-    if not steps or not jobs:
-        return None
-    elapsed = now - jobs[0]["time"]
-    return min(1.0, sum(record["seconds"] for record in steps) / elapsed) if elapsed > 0 else None
 
 
 def queued(job: str) -> dict[str, str]:
@@ -212,7 +206,7 @@ def launch_of(out: Path) -> Launch:
     try:
         return read_launch(path)
     except ValueError as error:
-        raise UserError(f"{error}.", "Launch the run again with this version.") from error
+        raise UserError(f"{error}", "Launch the run again with this version.") from error
 
 
 def attempt_folders(out: Path) -> list[Path]:
@@ -243,10 +237,6 @@ def _last_event(events: list[dict[str, Any]]) -> str:
     return (
         {"finished": "finished", "stopped": "stopped"}.get(events[-1]["event"], "started") if events else "submitted"
     )
-
-
-def _newest(path: Path) -> float:
-    return path.stat().st_mtime if path.is_file() else datetime.now(timezone.utc).timestamp()
 
 
 def _newest_job_log(out: Path) -> list[Path]:

@@ -228,7 +228,9 @@ def launch_as(kind: Kind) -> Callable[[list[str]], int]:
                 COMMANDS[f"launch {kind}"].example,
             )
         preset, rest = words[0], spelled(words[1:])
-        return run_launch(_parse(LaunchRun, f"launch {kind} {preset}", rest, launch_defaults(preset)), kind=kind)
+        return run_launch(
+            _parse(LaunchRun, f"launch {kind} {preset}", rest, launch_defaults(preset)), kind=kind, preset=preset
+        )
 
     return launch
 

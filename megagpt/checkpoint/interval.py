@@ -18,8 +18,3 @@ def best_interval(*, save_seconds: float, mtbf_seconds: float) -> float:
         return mtbf_seconds
     ratio = save_seconds / (2 * mtbf_seconds)
     return math.sqrt(2 * save_seconds * mtbf_seconds) * (1 + math.sqrt(ratio) / 3 + ratio / 9) - save_seconds
-
-
-def lost_share(interval: float, *, save_seconds: float, mtbf_seconds: float, restart_seconds: float = 0.0) -> float:
-    """The share of time, to first order, that saves, repeated steps and restarts cost."""
-    return save_seconds / (interval + save_seconds) + (interval / 2 + restart_seconds) / mtbf_seconds

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -206,17 +207,21 @@ def _kept_for_ever(root: Folder, rules: Checkpoint) -> set[int]:
 
 def _cursor(run: Run, corpora: list[Corpus], saved: dict[str, Any] | None) -> Cursor:
     """Where the run stands in its data, with the mixture that it has now; without a saved cursor, at the beginning."""
-    context, packing = run.model.context, run.data.packing
-    window = run.data.window
-    sources = [source(corpus, context=context, packing=packing, windowed=window is not None) for corpus in corpora]
-    weights = dict(zip(sources, run.data.mixture.values(), strict=True))
-    if saved is None:
-        cursor = order.start(seed=run.seed, context=context, packing=packing, weights=weights, window=window)
-    else:
-        cursor = _same_stream(Cursor.from_dict(saved), run).with_mixture(weights)
+    cursor = beginning(run, corpora)
+    if saved is not None:
+        mixture = dict(zip(cursor.sources, cursor.segments[0].weights, strict=True))
+        cursor = _same_stream(Cursor.from_dict(saved), run).with_mixture(mixture)
     cursor = dataclasses.replace(cursor, max_epochs=run.data.max_epochs)
     cursor.check_repetition(sequences_of(run))
     return cursor
+
+
+def beginning(run: Run, corpora: Sequence[Corpus]) -> Cursor:
+    """The place in its data of a run that has read nothing of its `corpora`, those of its mixture."""
+    context, packing, window = run.model.context, run.data.packing, run.data.window
+    sources = [source(corpus, context=context, packing=packing, windowed=window is not None) for corpus in corpora]
+    weights = dict(zip(sources, run.data.mixture.values(), strict=True))
+    return order.start(seed=run.seed, context=context, packing=packing, weights=weights, window=window)
 
 
 def _same_stream(cursor: Cursor, run: Run) -> Cursor:

@@ -16,8 +16,9 @@ from tyro.conf import Positional
 from megagpt.checkpoint.folders import checkpoints_of
 from megagpt.checkpoint.lineage import commits
 from megagpt.checkpoint.load import read_manifest
+from megagpt.checkpoint.saver import beginning
 from megagpt.config import Run, load
-from megagpt.data import mixture, order, pack, trace
+from megagpt.data import mixture, order, trace
 from megagpt.data.corpus import Corpus, open_corpus, open_mixture
 from megagpt.data.order import Cursor
 from megagpt.errors import UserError
@@ -202,14 +203,6 @@ def open_run(out: Path) -> tuple[Run, Cursor, list[Corpus]]:
     for commit in commits(checkpoints_of(run.checkpoint, out)):
         return run, Cursor.from_dict(read_manifest(commit).header["cursor"]), corpora
     return run, beginning(run, corpora), corpora
-
-
-def beginning(run: Run, corpora: Sequence[Corpus]) -> Cursor:
-    """The data of a run that has read nothing."""
-    windowed, context, packing = run.data.window is not None, run.model.context, run.data.packing
-    sources = [pack.source(corpus, context=context, packing=packing, windowed=windowed) for corpus in corpora]
-    weights = dict(zip(sources, run.data.mixture.values(), strict=True))
-    return order.start(seed=run.seed, context=context, packing=packing, weights=weights, window=run.data.window)
 
 
 def rows_of_step(out: Path, run: Run, cursor: Cursor, step: int, data_rank: int | None) -> StepRows:

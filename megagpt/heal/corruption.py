@@ -2,17 +2,18 @@
 
 The first pass takes no step, the second is the step itself. Each rank keeps checksums of every module's output, of the
 gradients that it computed itself, and of the reduced ones that it owns. Where they differ tells who is at fault:
-    an output       the earliest stage that has one: later stages and the backward only pass it on
+    an output       the earliest stage that has one, and there the ranks on which it came first: others pass it on
     own gradients   the latest stage that has some: earlier stages' backward comes after it
     reduced ones    a link or a reduction, seen by the ranks that own them
-Tensor ranks share every sum, so that all of a group may be named. A fault that repeats itself exactly is not found:
-for that, copies of weights are compared (parallel/guard.py). Cost: one more step, reading every output and gradient.
+Tensor ranks go through the same modules in step, so the first output that differs is the faulty rank's. A fault that
+repeats itself exactly is not found: for that, copies of weights are compared (parallel/guard.py). Cost: one more step,
+reading every output and gradient.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -44,15 +45,15 @@ class Fingerprint:
         for name, _, gradient in gradients:
             self.add("reduced gradient", name, gradient)
 
-    def difference(self, other: Fingerprint) -> dict[str, str]:
-        """Of each kind that differs, the first name that does."""
+    def difference(self, other: Fingerprint) -> dict[str, tuple[int, str]]:
+        """Of each kind that differs, the first that does: its place among all that arose, and its name."""
         found = {}
         for kind in KINDS:
             names = [name for name, _ in self.sums[kind]]
-            pairs = zip(names, self._values(kind), other._values(kind), strict=True)
-            differing = [name for name, one, two in pairs if one != two]
-            if differing:
-                found[kind] = differing[0]
+            pairs = zip(self._values(kind), other._values(kind), strict=True)
+            place = next((place for place, (one, two) in enumerate(pairs) if one != two), None)
+            if place is not None:
+                found[kind] = place, names[place]
         return found
 
     def _values(self, kind: str) -> list[int]:
@@ -84,13 +85,13 @@ def train_twice(engine: Engine, micro_batches: Sequence[Batch], *, lr: float, co
     return done
 
 
-def refuse(difference: dict[str, str], mesh: Mesh) -> None:
+def refuse(difference: dict[str, tuple[int, str]], mesh: Mesh) -> None:
     """Raise RunFailure on every rank, with the ranks at fault, unless no rank found a difference."""
-    code = sum(1 << KINDS.index(kind) for kind in difference)
-    kind, suspects = accused([int(value) for value in values_of_ranks(code)], mesh)
+    places = {kind: values_of_ranks(difference[kind][0] if kind in difference else -1) for kind in KINDS}
+    kind, suspects = accused(places, mesh)
     if not suspects:
         return
-    here = f" Here, {mesh.describe()}, it was {difference[kind]}." if kind in difference else ""
+    here = f" Here, {mesh.describe()}, it was {difference[kind][1]}." if kind in difference else ""
     names = ", ".join(mesh_like(mesh, rank).describe() for rank in suspects)
     raise RunFailure(
         f"a step computed twice gave two results: the {kind} of {names} differs.{here}",
@@ -100,14 +101,19 @@ def refuse(difference: dict[str, str], mesh: Mesh) -> None:
     )
 
 
-def accused(codes: Sequence[int], mesh: Mesh) -> tuple[str, list[int]]:
-    """Of each rank's kinds of difference, as bits in the order of KINDS: the kind that tells most, and who has it."""
-    for number, kind in enumerate(KINDS):
-        ranks = [rank for rank, code in enumerate(codes) if code >> number & 1]
-        if ranks:
-            stages = [mesh_like(mesh, rank).pipeline_rank for rank in ranks]
-            stage = max(stages) if kind == "own gradient" else min(stages)
-            if kind == "reduced gradient":
-                return kind, ranks
-            return kind, [rank for rank, at in zip(ranks, stages, strict=True) if at == stage]
+def accused(places: Mapping[str, Sequence[float]], mesh: Mesh) -> tuple[str, list[int]]:
+    """Of each kind, where on every rank the first difference is (-1: nowhere): the kind that tells most, and its ranks."""
+    for kind, place in places.items():
+        ranks = [rank for rank, value in enumerate(place) if value >= 0]
+        if not ranks:
+            continue
+        if kind == "reduced gradient":
+            return kind, ranks
+        stage = {rank: mesh_like(mesh, rank).pipeline_rank for rank in ranks}
+        end = max(stage.values()) if kind == "own gradient" else min(stage.values())
+        ranks = [rank for rank in ranks if stage[rank] == end]
+        if kind == "output":
+            first = min(place[rank] for rank in ranks)
+            ranks = [rank for rank in ranks if place[rank] == first]
+        return kind, ranks
     return "", []

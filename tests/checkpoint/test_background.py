@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 
 import pytest
 import torch
@@ -10,9 +11,10 @@ import torch
 from megagpt.checkpoint import lineage
 from megagpt.checkpoint.background import BackgroundSave, HostCopy
 from megagpt.checkpoint.folders import folder_at
-from megagpt.checkpoint.interval import best_interval, lost_share
+from megagpt.checkpoint.interval import best_interval
 from megagpt.checkpoint.load import newest_valid
 from megagpt.errors import UserError
+from megagpt.heal.goodput import expected_share
 from megagpt.parallel import ranks
 from tests.checkpoint.test_faults import holds
 from tests.checkpoint.tiny import header, state
@@ -84,11 +86,11 @@ class _Slow(list):
         return super().__iter__()
 
 
-def test_the_interval_is_the_one_that_loses_least():
+def test_the_interval_is_the_one_of_which_most_steps_count():
     save, mtbf = 30.0, 4 * 3600.0
     best = best_interval(save_seconds=save, mtbf_seconds=mtbf)
     assert best == pytest.approx((2 * save * mtbf) ** 0.5, rel=0.05)
-    at = lost_share(best, save_seconds=save, mtbf_seconds=mtbf)
-    for other in (best / 1.5, best * 1.5):
-        assert lost_share(other, save_seconds=save, mtbf_seconds=mtbf) > at
+    share = partial(expected_share, save=save, restart=0.0, mtbf=mtbf)
+    for other in (best / 1.05, best * 1.05):
+        assert share(interval=other) < share(interval=best)
     assert best_interval(save_seconds=100.0, mtbf_seconds=10.0) == 10.0
