@@ -102,7 +102,10 @@ def refuse(difference: dict[str, tuple[int, str]], mesh: Mesh) -> None:
 
 
 def accused(places: Mapping[str, Sequence[float]], mesh: Mesh) -> tuple[str, list[int]]:
-    """Of each kind, where on every rank the first difference is (-1: nowhere): the kind that tells most, and its ranks."""
+    """The kind of difference that tells most, and the ranks at fault.
+
+    `places`: of each kind, where on every rank the first difference is; -1: nowhere.
+    """
     for kind, place in places.items():
         ranks = [rank for rank, value in enumerate(place) if value >= 0]
         if not ranks:
