@@ -149,7 +149,7 @@ def _undisturbed(slurm: local_slurm.Cluster, run: config.Run, base: Launch) -> t
     stepped = rehearsal.wait_for_step(1)
     state = rehearsal.finish()
     losses = rehearsal.losses()
-    passed = state == "COMPLETED" and [step for step, *_ in losses] == list(range(1, (run.train.steps or 0) + 1))
+    passed = state == "COMPLETED" and [step for step, *_ in losses] == list(range(1, config.steps_of(run) + 1))
     seconds = {"supervisor": started - began, "first_step": stepped - began, "scene": time.time() - began}
     finding = f"{len(losses)} steps" if passed else f"the job is {state}: {_last_word(rehearsal)}"
     return losses, Verdict(scene="submit", passed=passed, finding=finding, seconds=_rounded(seconds))

@@ -138,12 +138,9 @@ def slow_nodes(rates: Mapping[tuple[str, str], float]) -> dict[str, str]:
     left, bad = dict(rates), {}
     if not left:
         return {}
-    best = [
-        max(rate for pair, rate in left.items() if name in pair) for name in {name for pair in left for name in pair}
-    ]
-    usual = statistics.median(
-        best
-    )  # of the nodes' best pairs: a slow node spoils half of all pairs, and but one of these
+    every = {name for pair in left for name in pair}
+    best = [max(rate for pair, rate in left.items() if name in pair) for name in every]
+    usual = statistics.median(best)  # of best pairs: a slow node spoils half of all pairs, and but one of these
     while slow := [pair for pair, rate in left.items() if rate < SLOW * usual]:
         names = {name for pair in left for name in pair}
         count = Counter(name for pair in slow for name in pair)

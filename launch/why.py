@@ -25,9 +25,8 @@ CAUSES: tuple[tuple[Cause, str], ...] = (
     ("error", r"^(\[rank\d+\]: )?[A-Za-z_][\w.]*(Error|Exception|Failure)\b(: .*)?$"),
     ("rank_lost", r"task \d+: (Killed|Segmentation fault|Bus error|Aborted)|was killed by SIG\w+|Fatal Python error"),
 )
-NAMED = (
-    5  # of these causes say by themselves what went wrong; then come errors of any kind, then deaths without a word
-)
+NAMED = 5
+"""So many of the causes say by themselves what went wrong; then come errors of any kind, and deaths without a word."""
 PEER = re.compile(
     r"(connection|socket).{0,40}(closed|reset|refused|timed? ?out)|broken pipe|remote process exited|ncclRemoteError"
     r"|Watchdog caught collective operation timeout|NCCL communicator was aborted|ProcessGroup.*(abort|timeout)"

@@ -14,7 +14,7 @@ import pytest
 from megagpt import config
 from megagpt.checks import checked
 from megagpt.launch import local_slurm
-from megagpt.launch.drill import ALL, play
+from megagpt.launch.drill import ALL, EVERY, STEPS, play
 from megagpt.launch.shrink import VOCABULARY, shrink
 
 LACKING = local_slurm.missing()
@@ -86,7 +86,7 @@ with cluster(Shape(nodes=2)) as slurm:
 @pytest.mark.slurm
 @needs_slurm
 def test_every_scene_of_the_drill_passes(rehearsed, tmp_path):
-    run = dataclasses.replace(rehearsed, train=dataclasses.replace(rehearsed.train, steps=60))
-    verdicts = play(run, tmp_path / "drill", ALL)
+    run = shrink(config.load("quickstart"), steps=STEPS, every=EVERY)
+    verdicts = play(dataclasses.replace(run, data=rehearsed.data), tmp_path / "drill", ALL)
     print(json.dumps([dataclasses.asdict(verdict) for verdict in verdicts], indent=1))
     assert [verdict.scene for verdict in verdicts if not verdict.passed] == []
