@@ -23,6 +23,7 @@ from megagpt.data.corpus import Corpus, open_corpus, open_mixture
 from megagpt.data.order import Cursor
 from megagpt.errors import UserError
 from megagpt.files import whole
+from megagpt.report.metrics import read_records
 
 _EXCERPT = 160  # characters of a sequence
 
@@ -109,10 +110,10 @@ def run_which(options: Which) -> None:
         found = [(number, origins[corpus.folder][number]) for number in numbers]
         if options.json:
             listed = [{"document": number, **dataclasses.asdict(origin)} for number, origin in found]
-            content = {"position": sample, "corpus": str(corpus.folder), "sequence": sequence, "documents": listed}
+            content = {"position": sample, "corpus": corpus.location, "sequence": sequence, "documents": listed}
             print(json.dumps(content))
         else:
-            print(f"position {sample:,}: sequence {sequence:,} of {corpus.folder}")
+            print(f"position {sample:,}: sequence {sequence:,} of {corpus.location}")
             for number, origin in found:
                 where = "" if origin.row is None else f":{origin.row}"
                 print(f"  document {number:,}  {origin.path}{where}")
@@ -128,10 +129,10 @@ def run_replay(options: Replay) -> None:
         padding = np.full(cursor.context + 1 - len(tokens), corpus.manifest.end_of_text, dtype=tokens.dtype)
         batch.append(np.concatenate([tokens, padding]))
         if options.json:
-            content = {"position": sample, "corpus": str(corpus.folder), "sequence": sequence}
+            content = {"position": sample, "corpus": corpus.location, "sequence": sequence}
             print(json.dumps({**content, "tokens": tokens.tolist(), "text": text}, ensure_ascii=False))
         else:
-            print(f"position {sample:,}: sequence {sequence:,} of {corpus.folder}, {len(tokens):,} tokens")
+            print(f"position {sample:,}: sequence {sequence:,} of {corpus.location}, {len(tokens):,} tokens")
             print(f"  {' '.join(text.split())[:_EXCERPT]}")
     if options.out is not None:
         with whole(options.out) as temporary, temporary.open("wb") as file:
@@ -144,12 +145,14 @@ def run_mix(options: Mix) -> None:
     given = _weights(options.mixture) if options.mixture else run.data.mixture
     window = run.data.window if options.window is None else options.window
     data = dataclasses.replace(run.data, mixture=given, window=window)
-    corpora = open_mixture(given)
+    corpora = open_mixture(given, data)
     cursor = beginning(dataclasses.replace(run, data=data), corpora)
     tokens = run.train.tokens if options.tokens is None else options.tokens
     for number, (corpus, share) in enumerate(zip(corpora, mixture.shares(cursor, tokens), strict=True)):
-        content: dict[str, Any] = {"corpus": str(corpus.folder), **dataclasses.asdict(share)}
-        line = f"{corpus.folder}: {share.tokens:,} tokens, {share.epochs:.2f} epochs of {share.sequences:,} sequences"
+        content: dict[str, Any] = {"corpus": corpus.location, **dataclasses.asdict(share)}
+        line = (
+            f"{corpus.location}: {share.tokens:,} tokens, {share.epochs:.2f} epochs of {share.sequences:,} sequences"
+        )
         if window is not None:
             windowed, full = mixture.runs_at_once(cursor, number)
             content |= {"shards_in_1024_sequences": windowed, "of_a_full_shuffle": full}
@@ -199,7 +202,7 @@ def _each(rows: StepRows, corpora: Sequence[Corpus]) -> Iterator[tuple[Corpus, i
 def open_run(out: Path) -> tuple[Run, Cursor, list[Corpus]]:
     """A run's settings, the newest state of its data (as it begins, before any checkpoint) and its corpora."""
     run = load(str(out / "run.toml"))
-    corpora = [open_corpus(Path(folder)) for folder in run.data.mixture]
+    corpora = open_mixture(run.data.mixture, run.data)
     for commit in commits(checkpoints_of(run.checkpoint, out)):
         return run, Cursor.from_dict(read_manifest(commit).header["cursor"]), corpora
     return run, beginning(run, corpora), corpora
@@ -225,13 +228,8 @@ def rows_of_step(out: Path, run: Run, cursor: Cursor, step: int, data_rank: int 
 
 def _recorded(out: Path, run: Run, step: int) -> tuple[int, int] | None:
     """(sequences before it, sequences of it) of a step that was done; of one done again, the last time."""
-    found = None
-    if (out / "metrics.jsonl").exists():
-        for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-            record = json.loads(line)
-            if record["step"] == step:
-                found = record["tokens"] // run.model.context - record["batch"], record["batch"]
-    return found
+    found = [record for record in read_records(out / "metrics.jsonl") if record["step"] == step]
+    return (found[-1]["tokens"] // run.model.context - found[-1]["batch"], found[-1]["batch"]) if found else None
 
 
 def _computed(run: Run, step: int) -> tuple[int, int]:
