@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from webdataset.writer import TarWriter
 
+from megagpt.data import sources
 from megagpt.data.commands import Convert, run_convert
 from megagpt.data.corpus import open_corpus, verify
 from megagpt.data.tokenizer import Tokenizer, train_tokenizer
@@ -101,6 +102,8 @@ def test_a_broken_tar_a_compressed_one_and_other_files_are_refused(tokenizer: To
     (tmp_path / "b.tar.gz").write_bytes(b"")
     with pytest.raises(UserError, match=r"b\.tar\.gz is not a tar"):
         convert(tmp_path, "b.tar.gz")
+    with pytest.raises(UserError, match=r"b\.tar\.gz is a compressed tar"):
+        sources.cut([str(tmp_path / "b.tar.gz")], column="text", tasks=1, largest=1000)
 
 
 def test_a_name_that_begins_with_pipe_is_a_file_and_never_a_command(

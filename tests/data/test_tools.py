@@ -10,10 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from megagpt.commands import data as tools
 from megagpt.commands.data import Mix, Replay, Stats, Which, run_mix, run_replay, run_stats, run_which
 from megagpt.config import Data, Model, Run, Train, to_toml
+from megagpt.data.batch import IGNORE
 from megagpt.data.build import build
 from megagpt.data.corpus import open_corpus
 from megagpt.data.loader import train_steps
@@ -63,8 +65,8 @@ def make_run(corpora: list[Path], tmp_path: Path) -> MakeRun:
     return make
 
 
-def batch_of_step(out: Path, step: int, data_rank: int) -> np.ndarray:
-    """What the loader itself gives."""
+def batch_of_step(out: Path, step: int, data_rank: int) -> tuple[np.ndarray, np.ndarray]:
+    """What the loader itself gives: its tokens and each row's last target, and which rows have that target."""
     _, cursor, corpora = tools.open_run(out)
     steps = train_steps(
         corpora,
@@ -78,7 +80,9 @@ def batch_of_step(out: Path, step: int, data_rank: int) -> np.ndarray:
     )
     for _ in range(step - 1):
         next(steps)
-    return next(steps)[0].tokens_BT.numpy()
+    batch = next(steps)[0]
+    last = batch.targets_BT[:, -1:]
+    return torch.cat([batch.tokens_BT, last], dim=1).numpy(), last.numpy() != IGNORE
 
 
 @pytest.mark.parametrize("packing", ["chunk", "best_fit"])
@@ -87,7 +91,10 @@ def test_replay_gives_what_the_loader_gave(
 ) -> None:
     out = make_run(packing)
     run_replay(Replay(run=out, step=4, rank=1, out=tmp_path / "batch.npy"))
-    assert np.array_equal(np.load(tmp_path / "batch.npy")[:, :-1], batch_of_step(out, 4, 1))
+    found, (expected, whole) = np.load(tmp_path / "batch.npy"), batch_of_step(out, 4, 1)
+    assert np.array_equal(found[:, :-1], expected[:, :-1])
+    assert whole.any()
+    assert np.array_equal(found[:, -1:][whole], expected[:, -1:][whole])
     run_replay(Replay(run=out, step=4, json=True))
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
     assert [row["position"] for row in rows] == list(range(18, 24))
