@@ -61,9 +61,11 @@ def test_retention_keeps_the_newest_and_never_touches_what_is_being_written(tmp_
 
 
 def test_retention_keeps_at_least_one(tmp_path):
-    commit(tmp_path, begin(folder_at(tmp_path), None), 10)
+    generation = begin(folder_at(tmp_path), None)
+    for step in (10, 20):
+        commit(tmp_path, generation, step)
     retain(folder_at(tmp_path), keep=0)
-    assert steps(tmp_path) == [(1, 10)]
+    assert steps(tmp_path) == [(1, 20)]
 
 
 def test_retention_keeps_the_steps_that_stay_for_ever(tmp_path):
