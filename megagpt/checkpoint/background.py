@@ -1,6 +1,7 @@
-"""Save while the next steps run: a copy of the rank's state in host memory, written by a thread.
+"""Save while the next steps run: a copy of the rank's state in host memory, made and written by a thread.
 
-    begin     copy the state into buffers that are kept from save to save; a thread hashes and writes them
+    begin     a thread copies the state into buffers that are kept from save to save, then hashes and writes them
+    copied    the next update of the state waits for the copy; forward and backward passes only read it, and do not
     settle    at every step's end: have all ranks written? then rank 0's thread commits; is that done? then it is over
 
 No thread ever calls a collective: what threads found is agreed at the ends of steps, by all ranks, with one number.
@@ -10,8 +11,11 @@ save at a time, and at most one copy of the state.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, Literal
 
@@ -36,13 +40,14 @@ class HostCopy:
     def take(self, owned: Sequence[Slice]) -> list[Slice]:
         """Copies of `owned`, valid until the next call."""
         values = [getattr(part, kind) for part in owned for kind in KINDS]
+        devices = {value.device for value in values if value.is_cuda}
         if [buffer.shape for buffer in self._buffers] != [value.shape for value in values]:
-            pin = any(value.is_cuda for value in values)
-            self._buffers = [torch.empty(value.shape, dtype=torch.float32, pin_memory=pin) for value in values]
-        for buffer, value in zip(self._buffers, values, strict=True):
-            buffer.copy_(value.detach(), non_blocking=True)
-        if any(value.is_cuda for value in values):
-            torch.cuda.synchronize()
+            self._buffers = [
+                torch.empty(value.shape, dtype=torch.float32, pin_memory=bool(devices)) for value in values
+            ]
+        with _beside_training(devices):
+            for buffer, value in zip(self._buffers, values, strict=True):
+                buffer.copy_(value.detach(), non_blocking=True)
         buffers = iter(self._buffers)
         return [dataclasses.replace(part, **{kind: next(buffers) for kind in KINDS}) for part in owned]
 
@@ -51,19 +56,57 @@ class HostCopy:
         return sum(buffer.nbytes for buffer in self._buffers)
 
 
+@contextlib.contextmanager
+def _beside_training(devices: set[torch.device]) -> Iterator[None]:
+    """Copies from a GPU that begin here go on their own stream, beside training's kernels, and end with the block."""
+    if not devices:
+        yield
+        return
+    (device,) = devices
+    stream = torch.cuda.Stream(device)
+    with torch.cuda.stream(stream):
+        yield
+    stream.synchronize()
+
+
 class BackgroundSave:
     """One save in progress, on this rank. All ranks must begin, settle and finish it together."""
 
     def __init__(
-        self, folder: Folder, owned: Sequence[Slice], *, header: dict[str, Any], rank: int, ranks: int
+        self,
+        folder: Folder,
+        owned: Sequence[Slice],
+        copy: HostCopy,
+        *,
+        header: dict[str, Any],
+        rank: int,
+        ranks: int,
     ) -> None:
-        """Begin to write `owned`, which nobody may change until the save is over."""
+        """Begin to copy and write `owned`, which nobody may change before `wait_for_copy` has returned."""
         self.folder = folder
-        self._rank = rank
+        self.copy_seconds = 0.0
+        """What the copy took, once it is made."""
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # the last update has been launched, and is over now
+        self._owned, self._copy, self._rank = owned, copy, rank
+        self._copied = threading.Event()
         self._phase: Literal["parts", "commit"] = "parts"
         self._commit: Callable[[], None] = lambda: commit(folder, header, ranks) if rank == 0 else None
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._work: Future[None] = self._pool.submit(write_part, folder, owned, rank)
+        self._work: Future[None] = self._pool.submit(self._write)
+
+    def _write(self) -> None:
+        began = time.perf_counter()
+        try:
+            copies = self._copy.take(self._owned)
+        finally:
+            self.copy_seconds = time.perf_counter() - began
+            self._copied.set()
+        write_part(self.folder, copies, self._rank)
+
+    def wait_for_copy(self) -> None:
+        """Wait until the state may change again."""
+        self._copied.wait()
 
     def settle(self) -> bool:
         """Whether the checkpoint is committed; does not wait. Raises UserError on all ranks if one of them failed."""

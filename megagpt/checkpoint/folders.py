@@ -61,13 +61,16 @@ class Folder(ABC):
     def require_space(self, needed: int) -> None:
         """Raise UserError unless `needed` more bytes fit."""
 
-    def chunks(self, name: str) -> Iterator[memoryview]:
-        """The file's content, a part at a time; a part is valid until the one after the next is asked for."""
-        size = self.size(name) or 0
-        buffers = [_uninitialised(min(size, CHUNK)) for _ in range(2)]  # new memory costs a copy
-        for number, start in enumerate(range(0, size, CHUNK)):
-            part = buffers[number % 2][: size - start]
-            self.read_into(name, start, part)
+    def chunks(self, name: str, start: int = 0, stop: int | None = None) -> Iterator[memoryview]:
+        """The bytes [start, stop) of a file, without `stop` to its end, a part at a time.
+
+        A part is valid until the one after the next is asked for.
+        """
+        stop = (self.size(name) or 0) if stop is None else stop
+        buffers = [uninitialised(min(max(0, stop - start), CHUNK)) for _ in range(2)]  # new memory costs a copy
+        for number, at in enumerate(range(start, stop, CHUNK)):
+            part = buffers[number % 2][: stop - at]
+            self.read_into(name, at, part)
             yield part
 
     def read(self, name: str) -> bytes:
@@ -262,7 +265,7 @@ def _as_os_errors() -> Iterator[None]:
         raise OSError(f"{type(error).__name__}: {error}") from error
 
 
-def _uninitialised(size: int) -> memoryview:
+def uninitialised(size: int) -> memoryview:
     """Writable memory that nobody has cleared first."""
     import numpy as np
 

@@ -1,14 +1,14 @@
-"""Read a checkpoint onto any layout: each rank finds the boxes that meet what it holds, and reads those bytes only.
+"""Read a checkpoint onto any layout: each rank finds the boxes that meet what it holds, and reads those bytes.
 
 Before anything is used, every file's size and hash are checked (each rank checks its share of the files, some at a
-time) and the boxes are proven to tile every tensor of the model exactly.
+time, and takes what it needs of them on the way) and the boxes are proven to tile every tensor of the model exactly.
 """
 
 from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megagpt.checkpoint import boxes
+from megagpt.checkpoint import boxes, proof
 from megagpt.checkpoint.boxes import Box
 from megagpt.checkpoint.folders import Folder, unsealed
 from megagpt.checkpoint.lineage import MANIFEST, Commit, Unusable, history
 from megagpt.checkpoint.save import FORMAT_VERSION, KINDS
-from megagpt.checkpoint.tensors import Hash, TensorFile, hashed
-from megagpt.errors import UserError
-from megagpt.parallel.ranks import lowest_over_ranks
+from megagpt.checkpoint.tensors import Hash, TensorFile, Wanted, hashed
+from megagpt.errors import RunFailure, UserError
+from megagpt.parallel.ranks import lowest_over_ranks, wrapping_sums_over_ranks
 from megagpt.parallel.state import Slice
 
 _THREADS = 4
@@ -96,13 +96,27 @@ def _tensors(content: dict[str, Any]) -> tuple[dict[str, tuple[int, ...]], dict[
 
 def fault_in_files(manifest: Manifest, *, rank: int = 0, ranks: int = 1) -> str | None:
     """The first damaged file among this rank's share of the files, in words, or None."""
-    files = manifest.header["files"][rank::ranks]
+    return load_checked(manifest, (), rank=rank, ranks=ranks)
+
+
+def load_checked(manifest: Manifest, held: Sequence[Slice], *, rank: int = 0, ranks: int = 1) -> str | None:
+    """Fill `held` with the checkpoint's state, and check this rank's share of its files on the way.
+
+    Returns the first fault in words, or None; the caller makes sure that no rank found one before using the state. Of
+    the files in its share a rank reads every byte, once; of others only what it needs.
+    """
+    wanted = _wanted(manifest, held)
+    share = {part["file"]: part for part in manifest.header["files"][rank::ranks]}
+    folder = manifest.commit.folder
     with ThreadPoolExecutor(_THREADS) as pool:
-        faults = pool.map(lambda part: _fault_in_file(manifest.commit.folder, part), files)
-        return next((fault for fault in faults if fault), None)
+        checked = pool.map(lambda part: fault_in_file(folder, part, wanted.get(part["file"], ())), share.values())
+        others = [file for file in wanted if file not in share]
+        filled = pool.map(lambda file: _fault_in_filling(folder, file, wanted[file]), others)
+        return next((fault for fault in (*checked, *filled) if fault), None)
 
 
-def _fault_in_file(folder: Folder, part: dict[str, Any]) -> str | None:
+def fault_in_file(folder: Folder, part: dict[str, Any], wanted: Iterable[Wanted] = ()) -> str | None:
+    """What is wrong with a file that `part` of a manifest describes, or None; `wanted` of it is filled on the way."""
     path, digest = f"{folder}/{part['file']}", Hash()
     try:
         size = folder.size(part["file"])
@@ -110,7 +124,7 @@ def _fault_in_file(folder: Folder, part: dict[str, Any]) -> str | None:
             return f"{path} is missing"
         if size != part["bytes"]:
             return f"{path} has {size:,} bytes instead of {part['bytes']:,}"
-        for _ in hashed(folder.chunks(part["file"]), digest):
+        for _ in hashed(_content(folder, part["file"], wanted), digest):
             pass
     except OSError as error:
         return f"{path} cannot be read: {error}"
@@ -119,12 +133,50 @@ def _fault_in_file(folder: Folder, part: dict[str, Any]) -> str | None:
     return None
 
 
+def _content(folder: Folder, name: str, wanted: Iterable[Wanted]) -> Iterator[bytes | memoryview]:
+    """All of a file; what is wanted of it is filled, unless its header does not say where that is, being damaged."""
+    try:
+        return TensorFile(folder, name).chunks(wanted)
+    except (ValueError, KeyError, TypeError):
+        return folder.chunks(name)
+
+
+def _fault_in_filling(folder: Folder, name: str, wanted: Sequence[Wanted]) -> str | None:
+    try:
+        TensorFile(folder, name).fill(wanted)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{folder}/{name} cannot be read: {error}"
+    return None
+
+
+def _wanted(manifest: Manifest, held: Sequence[Slice]) -> dict[str, list[Wanted]]:
+    """File -> the boxes of it that `held` consists of. Every element of `held` is in one: there are no defaults."""
+    found: dict[str, list[Wanted]] = defaultdict(list)
+    for part in held:
+        for kind in KINDS:
+            target, filled = getattr(part, kind), 0
+            for item in manifest.stored[part.name]:
+                common = boxes.overlap(part.box, item.box)
+                if common is not None:
+                    place = target[common.inside(part.box).slices()]
+                    found[item.file].append(Wanted(place, item.keys[kind], common.inside(item.box)))
+                    filled += common.elements()
+            assert filled == part.box.elements(), "the manifest's boxes tile the tensor, so they tile every part of it"
+    return found
+
+
 def newest_valid(
-    root: Folder, *, rank: int = 0, ranks: int = 1, before: int | None = None
+    root: Folder,
+    *,
+    rank: int = 0,
+    ranks: int = 1,
+    before: int | None = None,
+    read: Callable[[Manifest], str | None] | None = None,
 ) -> tuple[Manifest | None, list[str]]:
     """The newest undamaged checkpoint under `root`, and what was wrong with the ones passed over. On every rank alike.
 
-    With `before`, of those of a step before that one.
+    With `before`, of those of a step before that one. `read` looks for a fault in this rank's share of the files, and
+    may load on the way (`load_checked`); without it they are only checked.
     Raises UserError if there are checkpoints and none is usable: starting anew would silently lose the run.
     """
     faults: list[str] = []
@@ -136,10 +188,11 @@ def newest_valid(
         if before is not None and found.step >= before:
             continue
         try:
-            manifest = read_manifest(found)
-            fault = fault_in_files(manifest, rank=rank, ranks=ranks)
+            manifest, fault = read_manifest(found), None
         except UserError as error:
             manifest, fault = None, str(error)
+        if manifest is not None:
+            fault = read(manifest) if read else fault_in_files(manifest, rank=rank, ranks=ranks)
         failed = lowest_over_ranks(rank if fault else ranks)
         if failed == ranks:
             return manifest, faults
@@ -169,16 +222,10 @@ def check_model(manifest: Manifest, shapes: dict[str, tuple[int, ...]]) -> None:
             raise UserError(f"checkpoint {manifest.commit} is of another model: this run has no {name}.")
 
 
-def load(manifest: Manifest, held: Sequence[Slice]) -> int:
-    """Fill `held` with the checkpoint's state; returns how many tensors (whole or in part) were filled.
-
-    The caller has checked the files and the model. Every element of `held` is read: there are no defaults.
-    """
-    readers = _Readers(manifest.commit.folder)
-    for part in held:
-        for kind in KINDS:
-            _fill(getattr(part, kind), part.box, kind, manifest.stored[part.name], readers)
-    return len({part.name for part in held})
+def load(manifest: Manifest, held: Sequence[Slice]) -> None:
+    """Fill `held` with the checkpoint's state. The caller has checked the files and the model."""
+    for file, wanted in _wanted(manifest, held).items():
+        TensorFile(manifest.commit.folder, file).fill(wanted)
 
 
 def weights(manifest: Manifest) -> Iterator[tuple[str, Tensor]]:
@@ -194,38 +241,37 @@ def whole_tensors(manifest: Manifest, *, kinds: Sequence[str] = KINDS) -> Iterat
 
 def reader_of(manifest: Manifest) -> Callable[[str, str], Tensor]:
     """A function from (kind, global name) to the whole fp32 tensor."""
-    readers = _Readers(manifest.commit.folder)
+    files: dict[str, TensorFile] = {}
 
     def read(kind: str, name: str) -> Tensor:
         shape = manifest.shapes[name]
         whole = torch.empty(shape, dtype=torch.float32)
-        _fill(whole, Box((0,) * len(shape), shape), kind, manifest.stored[name], readers)
+        for item in manifest.stored[name]:
+            if item.file not in files:
+                files[item.file] = TensorFile(manifest.commit.folder, item.file)
+            inside = Box((0,) * len(shape), item.box.size)
+            files[item.file].fill([Wanted(whole[item.box.slices()], item.keys[kind], inside)])
         return whole
 
     return read
 
 
-class _Readers:
-    """A commit's files of tensors, opened once each."""
+def proven(manifest: Manifest, found: dict[tuple[str, str], int]) -> bool:
+    """Whether the manifest has checksums to prove a load by. Every rank must call it.
 
-    def __init__(self, folder: Folder) -> None:
-        self._folder = folder
-        self._open: dict[str, TensorFile] = {}
-
-    def __getitem__(self, name: str) -> TensorFile:
-        if name not in self._open:
-            self._open[name] = TensorFile(self._folder, name)
-        return self._open[name]
-
-
-def _fill(target: Tensor, box: Box, kind: str, stored: Sequence[Stored], readers: _Readers) -> None:
-    """Copy into `target`, which stands for `box`, from all stored boxes that meet it."""
-    filled = 0
-    for item in stored:
-        common = boxes.overlap(box, item.box)
-        if common is None:
-            continue
-        place = target[common.inside(box).slices()]
-        readers[item.file].fill(place, item.keys[kind], common.inside(item.box))
-        filled += common.elements()
-    assert filled == box.elements(), "the manifest's boxes tile the tensor, so they tile every part of it"
+    `found` is what this rank's part of the loaded state contributes to them (checkpoint.proof). Raises RunFailure on
+    every rank if the sums differ: what is in memory is then not what was saved.
+    """
+    expected = manifest.header.get("checksums")
+    if expected is None:
+        return False
+    keys = [(name, kind) for name in expected for kind in KINDS]
+    sums = wrapping_sums_over_ranks([found.get(key, 0) for key in keys])
+    fault = proof.differing(expected, dict(zip(keys, sums, strict=True)))
+    if fault:
+        raise RunFailure(
+            f"{manifest.commit} was read without a fault, and is not what the ranks hold now: {fault}.",
+            "A device or memory is faulty, or this megagpt puts tensors in the wrong place.",
+            cause="corruption",
+        )
+    return True

@@ -15,8 +15,8 @@ from megagpt.checkpoint import lineage
 from megagpt.checkpoint.background import BackgroundSave, HostCopy
 from megagpt.checkpoint.folders import Folder, checkpoints_of
 from megagpt.checkpoint.interval import best_interval
-from megagpt.checkpoint.load import check_model, load, newest_valid, read_manifest
-from megagpt.checkpoint.save import save
+from megagpt.checkpoint.load import Manifest, check_model, load_checked, newest_valid, proven, read_manifest
+from megagpt.checkpoint.save import KINDS, bytes_of, save
 from megagpt.config import Checkpoint, Run, sequences_of, to_toml
 from megagpt.data import order
 from megagpt.data.corpus import Corpus
@@ -54,6 +54,7 @@ class Saver:
         self._engine = engine
         self._generation = 0
         self._copy = HostCopy()
+        self._told_memory = False
         self._pending: _Pending | None = None
         self._pace = _Pace(run.checkpoint)
         self._evaluated: tuple[int, float] | None = None
@@ -65,18 +66,23 @@ class Saver:
         """
         self.finish(journal)
         mesh, run = self._engine.mesh, self._run
-        manifest, faults = newest_valid(self.root, rank=mesh.rank, ranks=mesh.world_size, before=before)
+        held = self._engine.held()
+
+        def read(manifest: Manifest) -> str | None:
+            check_model(manifest, self._engine.shapes())
+            return load_checked(manifest, held, rank=mesh.rank, ranks=mesh.world_size)
+
+        manifest, faults = newest_valid(self.root, rank=mesh.rank, ranks=mesh.world_size, before=before, read=read)
         for fault in faults:
             journal.warn(f"{fault}; an older checkpoint is used, and the steps since are computed again.")
         step, cursor, health = 0, None, {}
         if manifest is not None:
-            check_model(manifest, self._engine.shapes())
-            load(manifest, self._engine.held())
+            proof = "proven equal" if proven(manifest, self._engine.checksums(KINDS)) else "not proven: no checksums"
             self._engine.restored(manifest.header["counters"])
             step, cursor = manifest.header["step"], manifest.header["cursor"]
             health = manifest.header.get("health", {})
             total = len(manifest.shapes)
-            journal.note(f"loaded {manifest.commit}: {total} of {total} tensors, 0 defaulted")
+            journal.note(f"loaded {manifest.commit}: {total} of {total} tensors, 0 defaulted; {proof}")
         generation = lineage.begin(self.root, manifest.commit if manifest else None) if mesh.rank == 0 else 0
         self._generation = -ranks.lowest_over_ranks(-generation)
         self._pace.begin(step)
@@ -111,14 +117,18 @@ class Saver:
             save(folder, self._engine.owned(), **arguments)
             self._retain()
             journal.saved(progress.step, folder, seconds=time.perf_counter() - began)
+            self._pace.saved(progress.step, took=time.perf_counter() - began)
+            self._pace.costs(time.perf_counter() - began)
         else:
-            first = not self._copy.bytes()
-            copy = self._copy.take(self._engine.owned())
-            if first:
-                gib = self._copy.bytes() / 2**30
+            owned = self._engine.owned()
+            if not self._told_memory:
+                gib = bytes_of(owned) / 2**30
                 journal.note(f"saving in the background keeps {gib:,.2f} GiB of this rank's host memory")
-            self._pending = _Pending(progress.step, began, BackgroundSave(folder, copy, **arguments))
-        self._pace.saved(progress.step, stall=time.perf_counter() - began)
+                self._told_memory = True
+            work = BackgroundSave(folder, owned, self._copy, **arguments)
+            self._engine.before_next_update(work.wait_for_copy)
+            self._pending = _Pending(progress.step, began, work)
+            self._pace.saved(progress.step, took=time.perf_counter() - began)
 
     def finish(self, journal: Journal) -> None:
         """Wait for the save in progress, if there is one. To be called before the run ends."""
@@ -130,7 +140,9 @@ class Saver:
         assert self._pending is not None
         pending, self._pending = self._pending, None
         self._retain()
-        journal.saved(pending.step, pending.work.folder, seconds=time.perf_counter() - pending.began)
+        seconds = time.perf_counter() - pending.began
+        journal.saved(pending.step, pending.work.folder, seconds=seconds)
+        self._pace.costs(pending.work.copy_seconds)
 
     def _retain(self) -> None:
         """Delete what retention does not keep."""
@@ -170,6 +182,7 @@ class _Pace:
         self._settings = settings
         self._every = settings.every
         self._last, self._since = 0, 0.0
+        self._step_seconds = 0.0
 
     def begin(self, step: int) -> None:
         self._last, self._since = step, time.perf_counter()
@@ -179,13 +192,20 @@ class _Pace:
             return self._every > 0 and step % self._every == 0
         return self._every > 0 and step >= self._last + self._every
 
-    def saved(self, step: int, *, stall: float) -> None:
-        """A save after `step` has held training up for `stall` seconds. The slowest rank decides for all."""
-        if self._settings.mtbf_hours and step > self._last:
-            step_seconds = (time.perf_counter() - self._since - stall) / (step - self._last)
-            best = best_interval(save_seconds=stall, mtbf_seconds=self._settings.mtbf_hours * 3600)
-            self._every = ranks.lowest_over_ranks(max(1, round(best / step_seconds)))
+    def saved(self, step: int, *, took: float) -> None:
+        """A save after `step` was made or begun, and training stood still for `took` seconds."""
+        if step > self._last:
+            self._step_seconds = (time.perf_counter() - self._since - took) / (step - self._last)
         self.begin(step)
+
+    def costs(self, seconds: float) -> None:
+        """What a save costs training: all of it, or in the background the copy, which takes memory's bandwidth.
+
+        The slowest rank decides for all. Every rank must call it.
+        """
+        if self._settings.mtbf_hours and self._step_seconds:
+            best = best_interval(save_seconds=seconds, mtbf_seconds=self._settings.mtbf_hours * 3600)
+            self._every = ranks.lowest_over_ranks(max(1, round(best / self._step_seconds)))
 
 
 def _kept_for_ever(root: Folder, rules: Checkpoint) -> set[int]:

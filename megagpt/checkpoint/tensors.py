@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import json
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import xxhash
 from torch import Tensor
 
-from megagpt.checkpoint.boxes import Box
-from megagpt.checkpoint.folders import CHUNK, Folder
+from megagpt.checkpoint.boxes import Box, overlap
+from megagpt.checkpoint.folders import CHUNK, Folder, uninitialised
 
 _ITEM = 4  # bytes of an fp32 number
 
@@ -57,35 +59,113 @@ def file_chunks(tensors: Sequence[tuple[str, Tensor]]) -> Iterator[bytes | memor
             yield data[start : start + CHUNK]
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """A box of a tensor in a file, and where it is to go: a tensor of the box's size."""
+
+    target: Tensor
+    key: str
+    box: Box
+
+
 class TensorFile:
     """A file of fp32 tensors, open for reading. Raises ValueError if its header is not one."""
 
     def __init__(self, folder: Folder, name: str) -> None:
         self._folder, self._name = folder, name
-        length = int.from_bytes(self._bytes(0, 8), "little")
+        start = self._bytes(0, 8)
+        length = int.from_bytes(start, "little")
         if length > (folder.size(name) or 0):
             raise ValueError(f"{folder}/{name} says that its header has {length:,} bytes")
-        self._header: dict[str, Any] = json.loads(bytes(self._bytes(8, length)))
-        self._data = 8 + length
+        self._head = start + self._bytes(8, length)
+        self._header: dict[str, Any] = json.loads(self._head[8:])
 
-    def fill(self, target: Tensor, key: str, box: Box) -> None:
-        """Copy a box of the tensor `key` into `target`, which has its size: whole rows are read, and no others."""
+    def fill(self, wanted: Iterable[Wanted]) -> None:
+        """Copy boxes to their targets: whole rows are read, and no others."""
+        for rows in self._plan(wanted):
+            for _ in self._read(rows):
+                pass
+
+    def chunks(self, wanted: Iterable[Wanted]) -> Iterator[bytes | memoryview]:
+        """The file's content in order, a part at a time; on the way boxes are copied to their targets.
+
+        A part is valid until the one after the next is asked for. No byte is read twice. Raises ValueError, KeyError
+        or TypeError at once if the header is not that of a file with these boxes.
+        """
+        return self._chunks(self._plan(wanted))
+
+    def _chunks(self, plan: Sequence[_Rows]) -> Iterator[bytes | memoryview]:
+        yield self._head
+        at = len(self._head)
+        for rows in plan:
+            yield from self._folder.chunks(self._name, at, rows.start)
+            yield from self._read(rows)
+            at = rows.stop
+        yield from self._folder.chunks(self._name, at)
+
+    def _plan(self, wanted: Iterable[Wanted]) -> list[_Rows]:
+        """The rows to read of each tensor of which something is wanted, in the file's order."""
+        by_key: dict[str, list[Wanted]] = defaultdict(list)
+        for item in wanted:
+            by_key[item.key].append(item)
+        return sorted((self._rows(key, items) for key, items in by_key.items()), key=lambda rows: rows.start)
+
+    def _rows(self, key: str, wanted: list[Wanted]) -> _Rows:
         entry = self._header[key]
         shape, (start, stop) = entry["shape"], entry["data_offsets"]
         if entry["dtype"] != "F32" or stop - start != math.prod(shape) * _ITEM:
             raise ValueError(f"{self._folder}/{self._name}: {key} is not fp32 of the shape {shape}")
-        row = math.prod(shape[1:]) * _ITEM
-        first, rows = (box.start[0], box.size[0]) if shape else (0, 1)
-        begin = self._data + start + first * row
-        plain = target.device.type == "cpu" and target.dtype == torch.float32 and target.is_contiguous()
-        if plain and list(box.size[1:]) == list(shape[1:]):  # straight to its place
-            self._folder.read_into(self._name, begin, target.detach().view(-1).numpy().data.cast("B"))
-            return
-        found = torch.frombuffer(self._bytes(begin, rows * row), dtype=torch.float32)
-        part = found.view(rows, *shape[1:])[(slice(None), *box.slices()[1:])] if shape else found.view(())
-        target.copy_(part)
+        whole = Box((0,) * len(shape), tuple(shape))
+        if any(len(item.box.start) != len(shape) or overlap(item.box, whole) != item.box for item in wanted):
+            raise ValueError(f"{self._folder}/{self._name}: {key} has the shape {shape}, too small for what it holds")
+        row, begin = math.prod(shape[1:]) * _ITEM, len(self._head) + start
+        first = min(item.box.start[0] for item in wanted) if shape else 0
+        last = max(item.box.start[0] + item.box.size[0] for item in wanted) if shape else 1
+        return _Rows(begin + first * row, begin + last * row, first, tuple(shape), wanted)
 
-    def _bytes(self, start: int, count: int) -> bytearray:
+    def _read(self, rows: _Rows) -> Iterator[memoryview]:
+        """The bytes of some rows, each part as soon as it is there; in the end the boxes have been filled."""
+        place = rows.place()
+        buffer = uninitialised(rows.stop - rows.start) if place is None else place
+        for start in range(0, len(buffer), CHUNK):
+            part = buffer[start : start + CHUNK]
+            self._folder.read_into(self._name, rows.start + start, part)
+            yield part
+        if place is None:
+            rows.hand_out(buffer)
+
+    def _bytes(self, start: int, count: int) -> bytes:
         buffer = bytearray(count)
         self._folder.read_into(self._name, start, memoryview(buffer))
-        return buffer
+        return bytes(buffer)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The bytes [start, stop) of a file: whole rows of one tensor, from row `first` on, and what is wanted of them."""
+
+    start: int
+    stop: int
+    first: int
+    shape: tuple[int, ...]
+    """Of the whole tensor in the file."""
+    wanted: list[Wanted]
+
+    def place(self) -> memoryview | None:
+        """The memory that these bytes belong into as they are, if there is such a place."""
+        target, box = self.wanted[0].target, self.wanted[0].box
+        plain = target.device.type == "cpu" and target.dtype == torch.float32 and target.is_contiguous()
+        if len(self.wanted) > 1 or not plain or box.size[1:] != self.shape[1:]:
+            return None
+        return target.detach().view(-1).numpy().data.cast("B")
+
+    def hand_out(self, buffer: memoryview) -> None:
+        """Copy from `buffer`, which has these bytes, to the targets."""
+        numbers = torch.frombuffer(buffer, dtype=torch.float32)
+        for item in self.wanted:
+            if not self.shape:
+                item.target.copy_(numbers.view(()))
+                continue
+            rows = numbers.view(-1, *self.shape[1:])
+            first = item.box.start[0] - self.first
+            item.target.copy_(rows[(slice(first, first + item.box.size[0]), *item.box.slices()[1:])])

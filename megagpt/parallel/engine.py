@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megagpt.checkpoint import proof
 from megagpt.config import Optim, Run
 from megagpt.data.batch import IGNORE, Batch
 from megagpt.mesh import Groups, Mesh, groups_of
@@ -81,6 +82,7 @@ class Engine:
         self._engine: Any = self._driver.engine
         state.create(self._engine)
         self._stopwatch = Stopwatch(self._engine.module, self.device)
+        self._before_update: Callable[[], None] = _nothing
 
     def train_batch(
         self,
@@ -174,6 +176,14 @@ class Engine:
         """The part of it that this rank saves; all ranks' parts together are the whole, once."""
         return state.owned(self._engine, self.placed, self.mesh)
 
+    def checksums(self, kinds: Sequence[str]) -> dict[tuple[str, str], int]:
+        """(parameter, kind) -> the part of the state's checksum that is this rank's; checkpoint.proof defines it."""
+        return proof.of_state(state.ranges(self._engine, self.placed, self.mesh), kinds)
+
+    def before_next_update(self, wait: Callable[[], None]) -> None:
+        """Have the next update of the state wait for `wait`, which is called on this rank when gradients are there."""
+        self._before_update = wait
+
     def counters(self) -> dict[str, Any]:
         """What the optimizer knows beside tensors: applied steps and fp16's loss scale."""
         return state.counters(self._engine)
@@ -199,6 +209,8 @@ class Engine:
         observe: Callable[[list[state.Gradient]], None] | None,
     ) -> None:
         """With the gradients complete, and before DeepSpeed uses them: their global norm, and what AdamW is to do."""
+        self._before_update()
+        self._before_update = _nothing
         found = state.gradients(self._engine, self.placed, self.mesh)
         if observe is not None:
             observe([(name, box, gradient / loss_scale) for name, box, gradient in found])
@@ -261,6 +273,10 @@ class _AdamW(torch.optim.AdamW):
             return None
         self._update.clip(self)
         return super().step(closure)
+
+
+def _nothing() -> None:
+    """What an update waits for if nobody reads the state."""
 
 
 def _targets(batch: Batch) -> Tensor:

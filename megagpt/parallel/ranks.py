@@ -248,6 +248,19 @@ def sum_over_ranks(values: list[float]) -> list[float]:
     return sums.tolist()
 
 
+def wrapping_sums_over_ranks(values: list[int]) -> list[int]:
+    """Each value's sum over all ranks mod 2^64; without a process group, the values. Every rank must call it."""
+    import torch
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return values
+    signed = [value - 2**64 if value >= 2**63 else value for value in values]
+    sums = torch.tensor(signed, dtype=torch.int64, device="cuda" if gpu_present() else "cpu")
+    dist.all_reduce(sums)
+    return [value % 2**64 for value in sums.tolist()]
+
+
 def values_of_ranks(value: float) -> list[float]:
     """Every rank's value, by rank; without a process group, the value. Every rank must call it."""
     import torch

@@ -49,18 +49,18 @@ def empty_slice(name: str, shape: tuple[int, ...], box: Box) -> Slice:
 
 
 @dataclass(frozen=True)
-class _Range:
+class Range:
     """Local elements [start, start + n) of a parameter, and tensors [n] that belong to them."""
 
     placed: Placed
     start: int
     tensors: tuple[Tensor, ...]
 
-    def share(self, mesh: Mesh) -> _Range:
+    def share(self, mesh: Mesh) -> Range:
         """The data-parallel rank's equal share of it."""
         count = self.tensors[0].numel()
         start, stop = (count * rank // mesh.data for rank in (mesh.data_rank, mesh.data_rank + 1))
-        return _Range(self.placed, self.start + start, tuple(tensor[start:stop] for tensor in self.tensors))
+        return Range(self.placed, self.start + start, tuple(tensor[start:stop] for tensor in self.tensors))
 
 
 def create(engine: Any) -> None:
@@ -84,10 +84,13 @@ def held(engine: Any, placed: Sequence[Placed]) -> list[Slice]:
 
 def owned(engine: Any, placed: Sequence[Placed], mesh: Mesh) -> list[Slice]:
     """What this rank saves: of what it holds, its share of whatever other ranks hold as well."""
-    ranges = _ranges(engine, placed)
-    if cut_like(engine) == 0:
-        ranges = (part.share(mesh) for part in ranges)
-    return [part for part, owned in _slices(ranges) if owned]
+    return [part for part, owned in _slices(ranges(engine, placed, mesh)) if owned]
+
+
+def ranges(engine: Any, placed: Sequence[Placed], mesh: Mesh) -> Iterator[Range]:
+    """The same as flat ranges of the local parameters, with padding and with what other ranks answer for as well."""
+    found = _ranges(engine, placed)
+    return (part.share(mesh) for part in found) if cut_like(engine) == 0 else found
 
 
 def gradients(engine: Any, placed: Sequence[Placed], mesh: Mesh) -> list[Gradient]:
@@ -160,15 +163,15 @@ def accumulated_gradient(engine: Any, parameter: Any) -> Tensor:
     return parameter.grad
 
 
-def _slices(ranges: Iterator[_Range]) -> Iterator[tuple[Slice, bool]]:
-    for part in ranges:
+def _slices(found: Iterator[Range]) -> Iterator[tuple[Slice, bool]]:
+    for part in found:
         placed = part.placed
         for piece in placed.pieces_of(part.start, part.tensors[0].numel()):
             views = [piece.view(tensor) for tensor in part.tensors]
             yield Slice(placed.name, placed.shape, piece.whole, *views), piece.owned
 
 
-def _ranges(engine: Any, placed: Sequence[Placed]) -> Iterator[_Range]:
+def _ranges(engine: Any, placed: Sequence[Placed]) -> Iterator[Range]:
     """Master and moments of each parameter, as far as this rank has them."""
     find = {0: _whole, 1: _flat_partition, 2: _flat_partition, 3: _shard}[cut_like(engine)]
     found = (find(engine, parameter) for parameter in placed)
@@ -191,11 +194,11 @@ def _masters(engine: Any) -> Iterator[Tensor]:
         yield from group["params"]
 
 
-def _whole(engine: Any, placed: Placed) -> _Range:
+def _whole(engine: Any, placed: Placed) -> Range:
     master = _whole_masters(engine).get(id(placed.parameter), placed.parameter)
     state = adamw(engine).state[master]
     views = tuple(tensor.data.view(-1) for tensor in (master, state["exp_avg"], state["exp_avg_sq"]))
-    return _Range(placed, 0, views)
+    return Range(placed, 0, views)
 
 
 def _whole_masters(engine: Any) -> dict[int, Tensor]:
@@ -206,21 +209,21 @@ def _whole_masters(engine: Any) -> dict[int, Tensor]:
     return {id(half): full for halves, fulls in groups for half, full in zip(halves, fulls, strict=True)}
 
 
-def _flat_partition(_engine: Any, placed: Placed) -> _Range | None:
+def _flat_partition(_engine: Any, placed: Placed) -> Range | None:
     fragment = placed.parameter._hp_mapping  # pyright: ignore[reportAttributeAccessIssue]
     if fragment is None:
         return None
     views = tuple(fragment.get_hp_fragment(key).detach().view(-1) for key in (None, "exp_avg", "exp_avg_sq"))
-    return _Range(placed, fragment.lp_fragment_address.start, views)
+    return Range(placed, fragment.lp_fragment_address.start, views)
 
 
-def _shard(engine: Any, placed: Placed) -> _Range:
+def _shard(engine: Any, placed: Placed) -> Range:
     group, offset, _ = engine.optimizer.grad_position[engine.optimizer.get_param_id(placed.parameter)]
     flat = engine.optimizer.fp32_partitioned_groups_flat[group]
     state = adamw(engine).state[flat]
     start, count = _shard_range(placed.parameter)
     tensors = (flat, state["exp_avg"], state["exp_avg_sq"])
-    return _Range(placed, start, tuple(tensor.data[offset : offset + count] for tensor in tensors))
+    return Range(placed, start, tuple(tensor.data[offset : offset + count] for tensor in tensors))
 
 
 def _shard_range(parameter: Any) -> tuple[int, int]:
@@ -229,15 +232,15 @@ def _shard_range(parameter: Any) -> tuple[int, int]:
     return start, max(0, min(parameter.partition_numel(), parameter.ds_numel - start))
 
 
-def _gradient(engine: Any, placed: Placed) -> _Range | None:
+def _gradient(engine: Any, placed: Placed) -> Range | None:
     parameter: Any = placed.parameter
     stage = cut_like(engine)
     if stage == 0:
-        return None if parameter.grad is None else _Range(placed, 0, (parameter.grad.view(-1),))
+        return None if parameter.grad is None else Range(placed, 0, (parameter.grad.view(-1),))
     if stage == 3:
         start, count = _shard_range(parameter)
         gradient = engine.optimizer.get_local_fp32_grad_for_param(parameter)
-        return _Range(placed, start, (gradient.view(-1)[:count],))
+        return Range(placed, start, (gradient.view(-1)[:count],))
     fragment = parameter._hp_mapping
     if fragment is None:
         return None
@@ -245,7 +248,7 @@ def _gradient(engine: Any, placed: Placed) -> _Range | None:
     gradient = fragment.get_lp_grad_fragment(parameter._index_in_param_group).view(-1)
     if gradient.numel() == parameter.numel():  # BF16_Optimizer keeps the whole gradient
         gradient = gradient[address.start : address.start + address.numel]
-    return _Range(placed, address.start, (gradient,))
+    return Range(placed, address.start, (gradient,))
 
 
 def _weights_from_masters(engine: Any, placed: Sequence[Placed]) -> None:

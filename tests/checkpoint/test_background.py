@@ -25,7 +25,8 @@ def test_what_changes_after_the_copy_does_not_reach_the_checkpoint(tmp_path):
     parts, copy = state(10), HostCopy()
     root = folder_at(tmp_path)
     folder = lineage.commit_folder(root, lineage.begin(root, None), 10)
-    work = BackgroundSave(folder, copy.take(parts), header=header(10), rank=0, ranks=1)
+    work = BackgroundSave(folder, parts, copy, header=header(10), rank=0, ranks=1)
+    work.wait_for_copy()
     for part in parts:
         part.weight.fill_(torch.nan)
     work.finish()
@@ -49,7 +50,12 @@ def test_the_commit_waits_for_the_slowest_rank_and_a_failure_reaches_every_rank(
         root = folder_at(tmp_path / "root")
         generation = lineage.begin(root, None) if rank == 0 else 1
         saving = BackgroundSave(
-            lineage.commit_folder(root, generation, 10), _Slow(mine, go, rank), header=header(10), rank=rank, ranks=2
+            lineage.commit_folder(root, generation, 10),
+            _Slow(mine, go, rank),
+            HostCopy(),
+            header=header(10),
+            rank=rank,
+            ranks=2,
         )
         found = [str(saving.settle()) for _ in range(3)]  # rank 1 has written nothing yet
         found.append(str((tmp_path / "root" / "gen-0001" / "step-000000010" / "manifest.json").exists()))
@@ -58,7 +64,7 @@ def test_the_commit_waits_for_the_slowest_rank_and_a_failure_reaches_every_rank(
         blocked = tmp_path / f"file-{rank}"
         blocked.write_text("")
         failing = BackgroundSave(
-            folder_at((blocked if rank else tmp_path) / "x"), mine, header=header(20), rank=rank, ranks=2
+            folder_at((blocked if rank else tmp_path) / "x"), mine, HostCopy(), header=header(20), rank=rank, ranks=2
         )
         try:
             failing.finish()

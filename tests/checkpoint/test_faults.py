@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from megagpt.checkpoint import lineage
-from megagpt.checkpoint.folders import folder_at
-from megagpt.checkpoint.load import Manifest, load, newest_valid
+from megagpt.checkpoint.folders import _LocalFolder, folder_at
+from megagpt.checkpoint.load import Manifest, load, load_checked, newest_valid
 from megagpt.checkpoint.save import KINDS
 from megagpt.errors import UserError
+from megagpt.parallel.state import Slice
 from tests.checkpoint.tiny import run_with_commits, save_on_two_ranks, state
 
 TRIALS = 600
@@ -26,10 +27,17 @@ FILES = ("manifest.json", "rank-00000.safetensors", "rank-00001.safetensors", "s
 def holds(manifest: Manifest | None, step: int) -> bool:
     """Whether the checkpoint's values are those of `step`, bit for bit."""
     assert manifest is not None
-    expected, found = state(step), state(0)
+    found = state(0)
     load(manifest, found)
+    return equal(found, state(step))
+
+
+def equal(found: list[Slice], expected: list[Slice]) -> bool:
+    """Whether two states are the same, bit for bit."""
     return all(
-        torch.equal(getattr(a, kind), getattr(b, kind)) for a, b in zip(expected, found, strict=True) for kind in KINDS
+        torch.equal(getattr(a, kind).view(torch.int32), getattr(b, kind).view(torch.int32))
+        for a, b in zip(expected, found, strict=True)
+        for kind in KINDS
     )
 
 
@@ -59,12 +67,16 @@ def test_every_flip_truncation_and_loss_in_every_kind_of_file_is_found_named_and
         damage(place / name, kind, rng)
         if name == "start.json":  # needed only where the attempt's own commits are gone
             shutil.rmtree(place / "step-000000030")
-        manifest, faults = newest_valid(folder_at(root))
+        found = state(0)
+        manifest, faults = newest_valid(
+            folder_at(root), read=lambda manifest, found=found: load_checked(manifest, found)
+        )
         if name == "start.json" and kind == "missing":
             assert manifest is not None  # an attempt that never began, as far as its folder tells
         else:
             assert any(name in fault for fault in faults), (trial, name, kind, faults)
         assert holds(manifest, 20), (trial, name, kind)
+        assert equal(found, state(20)), "what was read of the damaged one has been read over"
 
 
 def test_damage_to_the_only_checkpoint_refuses_the_run(tmp_path):
@@ -73,6 +85,24 @@ def test_damage_to_the_only_checkpoint_refuses_the_run(tmp_path):
     damage(tmp_path / "gen-0001" / "step-000000010" / "rank-00001.safetensors", "flip", random.Random(1))
     with pytest.raises(UserError, match="rank-00001.safetensors has changed since it was written"):
         newest_valid(root)
+
+
+def test_a_rank_reads_each_byte_of_its_share_of_the_files_once(tmp_path, monkeypatch):
+    root = run_with_commits(tmp_path, (10, 20))
+    manifest, _ = newest_valid(root)
+    assert manifest is not None
+    read: dict[str, int] = {}
+    read_into = _LocalFolder.read_into
+
+    def counting(self: _LocalFolder, name: str, start: int, buffer: memoryview) -> None:
+        read[name] = read.get(name, 0) + len(buffer)
+        read_into(self, name, start, buffer)
+
+    monkeypatch.setattr(_LocalFolder, "read_into", counting)
+    found = state(0)
+    assert load_checked(manifest, found) is None
+    assert equal(found, state(20))
+    assert read == {part["file"]: part["bytes"] for part in manifest.header["files"]}
 
 
 class Crash(BaseException):
