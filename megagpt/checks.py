@@ -26,6 +26,7 @@ def checked(run: Run) -> Run:
     _at_least("checkpoint.keep_every", run.checkpoint.keep_every, 0)
     _at_least("checkpoint.keep_best", run.checkpoint.keep_best, 0)
     _at_least("checkpoint.mtbf_hours", run.checkpoint.mtbf_hours, 0)
+    _at_least("checkpoint.local_every", run.checkpoint.local_every, 1)
     _check_heal(run.heal)
     _at_least("report.every", run.report.every, 1)
     _at_least("report.samples", run.report.samples, 0)

@@ -340,6 +340,7 @@ COMMANDS = {
         "write one in another number of files",
         "megagpt checkpoint reshard runs/first --to copies/first --files 64",
     ),
+    "checkpoint export": Command(export, "the same as export", "megagpt checkpoint export runs/first --to hf/first"),
     "checkpoint average": Command(
         checkpoint_average,
         "a new run whose weights are the mean of several",

@@ -233,6 +233,11 @@ class Checkpoint:
     interval is Young and Daly's for the save's measured cost."""
     folder: str = ""
     """Where checkpoints are kept, a path or s3://bucket/folder; empty: OUT/checkpoints."""
+    local: str = ""
+    """A folder on each node's own disk: every rank also keeps its state there and on the next node, which is used at
+    the next start where it is newer than the checkpoints. Empty: none."""
+    local_every: int = 50
+    """Steps between two such copies."""
 
 
 @dataclass(frozen=True, kw_only=True)

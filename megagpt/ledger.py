@@ -99,6 +99,11 @@ def parameters(model: Model) -> Parameters:
     )
 
 
+def checkpoint_bytes(model: Model) -> int:
+    """What a checkpoint of `model` stores: fp32 weight and both of Adam's moments of every parameter."""
+    return 3 * 4 * parameters(model).total()
+
+
 def visible_pairs(tokens: int, window: int | None = None) -> int:
     """Pairs (query, key) of one causal document of `tokens` tokens, each seeing itself and `window` - 1 before it."""
     if window is None or window >= tokens:

@@ -76,6 +76,9 @@ def fit(run: Run, out: Path, *, began: float | None = None) -> None:
                 if last or stopping or due:
                     clock.enter("save", progress.step)
                     saver.save(progress, journal)
+                elif saver.local_due(progress.step):
+                    clock.enter("save", progress.step)
+                    saver.save_locally(progress, journal)
             saver.finish(journal)
             watchdog.ending = "finished" if progress.step >= total else "stopped"
             journal.ended(progress.step, finished=progress.step >= total)

@@ -21,6 +21,8 @@ from megagpt.errors import UserError
 from megagpt.files import require_space, sync_folder, whole
 
 CHUNK = 1 << 24
+AHEAD = 2
+"""Chunks that a reader of files may keep while it asks for the next one."""
 
 
 class Folder(ABC):
@@ -61,15 +63,27 @@ class Folder(ABC):
     def require_space(self, needed: int) -> None:
         """Raise UserError unless `needed` more bytes fit."""
 
+    def require_writable(self) -> None:
+        """Raise UserError unless files can be written here, by writing one."""
+        name = f"writable.{os.uname().nodename}.{os.getpid()}"
+        try:
+            self.write(name, [b""])
+            self.delete_file(name)
+        except OSError as error:
+            raise UserError(
+                f"{self} cannot be written: {error}.", "Choose another folder with --checkpoint.folder or --out."
+            ) from error
+
     def chunks(self, name: str, start: int = 0, stop: int | None = None) -> Iterator[memoryview]:
         """The bytes [start, stop) of a file, without `stop` to its end, a part at a time.
 
-        A part is valid until the one after the next is asked for.
+        A part is valid until `AHEAD` more have been taken.
         """
         stop = (self.size(name) or 0) if stop is None else stop
-        buffers = [uninitialised(min(max(0, stop - start), CHUNK)) for _ in range(2)]  # new memory costs a copy
+        size = min(max(0, stop - start), CHUNK)
+        buffers = [uninitialised(size) for _ in range(1 + AHEAD)]  # used again: new memory costs a copy
         for number, at in enumerate(range(start, stop, CHUNK)):
-            part = buffers[number % 2][: stop - at]
+            part = buffers[number % len(buffers)][: stop - at]
             self.read_into(name, at, part)
             yield part
 

@@ -48,34 +48,60 @@ def commits(root: Folder) -> Iterator[Commit]:
 
 
 def history(root: Folder) -> Iterator[Commit | Unusable]:
-    """The same, with whatever on the way is incomplete or damaged.
+    """The same, with whatever on the way is incomplete or damaged."""
+    for found in _line(root):
+        if isinstance(found, Unusable):
+            yield found
+            continue
+        generation, limit = found
+        folder = root / _generation_name(generation)
+        for step in sorted(_steps(folder), reverse=True):
+            place = folder / _step_name(step)
+            if limit is not None and step > limit:
+                continue
+            if place.exists(MANIFEST):
+                yield Commit(generation, step, place)
+            else:
+                yield Unusable(f"{place}/{MANIFEST} is missing: its save was interrupted, or the file is lost")
+
+
+def descends_from(root: Folder, generation: int, step: int) -> bool:
+    """Whether the newest attempt comes after what `generation` had done at `step`, wherever that was kept.
+
+    If `root` knows of no attempt at all, nothing speaks against it.
+    """
+    line = [found for found in _line(root) if not isinstance(found, Unusable)]
+    return not line or any(number == generation and (limit is None or step <= limit) for number, limit in line)
+
+
+def _line(root: Folder) -> Iterator[tuple[int, int | None] | Unusable]:
+    """Generation and the last step of it that counts (None: all do), of the newest attempt and those it descends from.
 
     An attempt whose start.json is lost descends, as far as anyone can tell, from all that the one before it committed.
     """
     known = _generations(root)
     generation, limit = max(known, default=0), None
     while generation:
+        yield generation, limit
         folder = root / _generation_name(generation)
-        steps = [step for step in _steps(folder) if limit is None or step <= limit]
-        for step in sorted(steps, reverse=True):
-            place = folder / _step_name(step)
-            if place.exists(MANIFEST):
-                yield Commit(generation, step, place)
-            else:
-                yield Unusable(f"{place}/{MANIFEST} is missing: its save was interrupted, or the file is lost")
         try:
             parent = unsealed(folder.read(START))["parent"]
             generation, limit = (parent["generation"], parent["step"]) if parent else (0, None)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            if steps or folder.exists(START):  # else the attempt never began
+            if _steps(folder) or folder.exists(START):  # else the attempt never began
                 yield Unusable(f"{folder}/{START} cannot be read: {error}")
             generation, limit = max((other for other in known if other < generation), default=0), None
+
+
+def steps_in(root: Folder) -> list[tuple[int, int]]:
+    """(generation, step) of all that is kept under `root`, complete or not, oldest first."""
+    return [(number, step) for number in _generations(root) for step in _steps(root / _generation_name(number))]
 
 
 def begin(root: Folder, parent: Commit | None) -> int:
     """Start a new attempt that continues from `parent`, or from the initial weights; returns its generation."""
     content: dict[str, Any] = {"parent": {"generation": parent.generation, "step": parent.step} if parent else None}
-    generation = max(_generations(root), default=0) + 1
+    generation = max(*_generations(root), parent.generation if parent else 0, 0) + 1
     while not (root / _generation_name(generation)).create(START, sealed(content)):
         generation += 1
     return generation
@@ -94,12 +120,11 @@ def retain(root: Folder, *, keep: int, always: set[int] | frozenset[int] = froze
     kept = {(commit.generation, commit.step) for commit in lineage if commit.step in always}
     kept |= {(commit.generation, commit.step) for commit in lineage[: max(1, keep)]}
     newest = max(kept, default=(0, 0))
-    for generation in _generations(root):
-        folder = root / _generation_name(generation)
-        for step in _steps(folder):
-            if (generation, step) < newest and (generation, step) not in kept:
-                (folder / _step_name(step)).delete_file(MANIFEST)  # first: a half-deleted one is no checkpoint
-                (folder / _step_name(step)).delete()
+    for generation, step in steps_in(root):
+        if (generation, step) < newest and (generation, step) not in kept:
+            folder = commit_folder(root, generation, step)
+            folder.delete_file(MANIFEST)  # first: a half-deleted one is no checkpoint
+            folder.delete()
 
 
 def _generation_name(generation: int) -> str:
@@ -119,4 +144,4 @@ def _steps(folder: Folder) -> list[int]:
 
 
 def _numbers(folder: Folder, pattern: str) -> list[int]:
-    return [int(found.group(1)) for name in folder.names() if (found := re.fullmatch(pattern, name))]
+    return sorted(int(found.group(1)) for name in folder.names() if (found := re.fullmatch(pattern, name)))

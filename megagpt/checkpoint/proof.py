@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from megagpt.parallel.place import Placed
     from megagpt.parallel.state import Range
 
-_AT_ONCE = 1 << 17  # numbers: their 64-bit products stay in a processor's second cache
+_AT_ONCE = 1 << 14  # numbers: products that stay in cache, and few enough that torch does not split them over threads
 _MASK = 2**64 - 1
 
 

@@ -65,9 +65,9 @@ def write_part(folder: Folder, owned: Sequence[Slice], rank: int) -> None:
     folder.require_space(bytes_of(owned) + 2**20)
     with ThreadPoolExecutor(1, thread_name_prefix="proof") as pool:
         checksums = pool.submit(_checksums, owned)
-        part = write_tensors(folder, f"rank-{rank:05d}", owned)
+        part = write_tensors(folder, rank, owned)
         description = {**part, "checksums": checksums.result()}
-    folder.write(_description(rank), [json.dumps(description).encode()])
+    folder.write(description_of(rank), [json.dumps(description).encode()])
 
 
 def bytes_of(owned: Sequence[Slice]) -> int:
@@ -75,10 +75,9 @@ def bytes_of(owned: Sequence[Slice]) -> int:
     return sum(part.weight.numel() for part in owned) * 4 * len(KINDS)
 
 
-def write_tensors(folder: Folder, name: str, owned: Sequence[Slice]) -> dict[str, Any]:
-    """Write a file of slices; returns what a manifest says about it. Raises OSError if it fails."""
-    digest = Hash()
-    file = f"{name}.safetensors"
+def write_tensors(folder: Folder, rank: int, owned: Sequence[Slice]) -> dict[str, Any]:
+    """Write a rank's file of slices; returns what a manifest says about it. Raises OSError if it fails."""
+    file, digest = f"rank-{rank:05d}.safetensors", Hash()
     folder.write(file, hashed(file_chunks(tensors_of(owned)), digest))
     return {"file": file, "bytes": folder.size(file), "xxh3_128": digest.hexdigest(), "boxes": index_of(owned)}
 
@@ -117,7 +116,7 @@ def _checksums(owned: Sequence[Slice]) -> dict[str, list[int]]:
 
 def commit(folder: Folder, header: dict[str, Any], ranks: int) -> None:
     """Prove that the parts of all ranks are the whole state, and write the manifest. One rank does it."""
-    parts = [json.loads(folder.read(_description(rank))) for rank in range(ranks)]
+    parts = [json.loads(folder.read(description_of(rank))) for rank in range(ranks)]
     shapes: dict[str, tuple[int, ...]] = {}
     stored: dict[str, list[boxes.Box]] = defaultdict(list)
     sums: dict[str, list[int]] = defaultdict(lambda: [0] * len(KINDS))
@@ -137,8 +136,8 @@ def commit(folder: Folder, header: dict[str, Any], ranks: int) -> None:
     manifest = {"format_version": FORMAT_VERSION, **header, "checksums": checksums, "files": parts}
     folder.write(MANIFEST, [sealed(manifest)])
     for rank in range(ranks):
-        folder.delete_file(_description(rank))
+        folder.delete_file(description_of(rank))
 
 
-def _description(rank: int) -> str:
+def description_of(rank: int) -> str:
     return f"rank-{rank:05d}.json"

@@ -15,7 +15,9 @@ from megagpt.checkpoint import lineage
 from megagpt.checkpoint.background import BackgroundSave, HostCopy
 from megagpt.checkpoint.folders import Folder, checkpoints_of
 from megagpt.checkpoint.interval import best_interval
+from megagpt.checkpoint.lineage import Commit
 from megagpt.checkpoint.load import Manifest, check_model, load_checked, newest_valid, proven, read_manifest
+from megagpt.checkpoint.local import LocalCopies
 from megagpt.checkpoint.save import KINDS, bytes_of, save
 from megagpt.config import Checkpoint, Run, sequences_of, to_toml
 from megagpt.data import order
@@ -58,35 +60,55 @@ class Saver:
         self._pending: _Pending | None = None
         self._pace = _Pace(run.checkpoint)
         self._evaluated: tuple[int, float] | None = None
+        local, mesh = run.checkpoint.local, engine.mesh
+        self._local = LocalCopies(local, out, rank=mesh.rank, ranks=mesh.world_size) if local else None
 
     def resume(self, corpora: list[Corpus], journal: Journal, *, before: int | None = None) -> Progress:
-        """Load the newest undamaged checkpoint, if there is one, and begin a new attempt from it.
+        """Load the newest undamaged state, if there is one, and begin a new attempt from it.
 
-        With `before` it is the newest of a step before that one, and has to be there.
+        With `before` it is the newest checkpoint of a step before that one, and has to be there.
         """
         self.finish(journal)
-        mesh, run = self._engine.mesh, self._run
-        held = self._engine.held()
+        found = self._load_local(journal) if before is None else None
+        commit, header = found or self._load(journal, before)
+        step, cursor, health = 0, None, {}
+        if header is not None:
+            self._engine.restored(header["counters"])
+            step, cursor, health = header["step"], header["cursor"], header.get("health", {})
+        generation = lineage.begin(self.root, commit) if self._engine.mesh.rank == 0 else 0
+        self._generation = -ranks.lowest_over_ranks(-generation)
+        self._pace.begin(step)
+        return Progress(step, _cursor(self._run, corpora, cursor), health)
+
+    def _load(self, journal: Journal, before: int | None) -> tuple[Commit | None, dict[str, Any] | None]:
+        """Load the newest undamaged checkpoint: where it is, and the run's state."""
+        mesh, engine = self._engine.mesh, self._engine
+        held = engine.held()
 
         def read(manifest: Manifest) -> str | None:
-            check_model(manifest, self._engine.shapes())
+            check_model(manifest, engine.shapes())
             return load_checked(manifest, held, rank=mesh.rank, ranks=mesh.world_size)
 
         manifest, faults = newest_valid(self.root, rank=mesh.rank, ranks=mesh.world_size, before=before, read=read)
         for fault in faults:
             journal.warn(f"{fault}; an older checkpoint is used, and the steps since are computed again.")
-        step, cursor, health = 0, None, {}
-        if manifest is not None:
-            proof = "proven equal" if proven(manifest, self._engine.checksums(KINDS)) else "not proven: no checksums"
-            self._engine.restored(manifest.header["counters"])
-            step, cursor = manifest.header["step"], manifest.header["cursor"]
-            health = manifest.header.get("health", {})
-            total = len(manifest.shapes)
-            journal.note(f"loaded {manifest.commit}: {total} of {total} tensors, 0 defaulted; {proof}")
-        generation = lineage.begin(self.root, manifest.commit if manifest else None) if mesh.rank == 0 else 0
-        self._generation = -ranks.lowest_over_ranks(-generation)
-        self._pace.begin(step)
-        return Progress(step, _cursor(run, corpora, cursor), health)
+        if manifest is None:
+            return None, None
+        proof = "proven equal" if proven(manifest, engine.checksums(KINDS)) else "not proven: no checksums"
+        total = len(manifest.shapes)
+        journal.note(f"loaded {manifest.commit}: {total} of {total} tensors, 0 defaulted; {proof}")
+        return manifest.commit, manifest.header
+
+    def _load_local(self, journal: Journal) -> tuple[Commit, dict[str, Any]] | None:
+        """Load the nodes' own copies, if they are no older than the checkpoints: where they are, and the state."""
+        if self._local is None:
+            return None
+        if self._local.nodes == 1:
+            journal.warn("checkpoint.local keeps no second copy, since all ranks are on one node.")
+        found = self._local.load(self._engine.held(), self.root)
+        if found is not None:
+            journal.note(f"loaded the nodes' own copies of step {found[0].step:,}, {found[0]}")
+        return found
 
     def has_before(self, step: int) -> bool:
         """Whether the run has a checkpoint of a step before `step`: rank 0 looks. Every rank must call it."""
@@ -129,6 +151,19 @@ class Saver:
             self._engine.before_next_update(work.wait_for_copy)
             self._pending = _Pending(progress.step, began, work)
             self._pace.saved(progress.step, took=time.perf_counter() - began)
+
+    def local_due(self, step: int) -> bool:
+        """Whether the nodes are to keep copies of their own of `step`, just done."""
+        return self._local is not None and step % self._run.checkpoint.local_every == 0
+
+    def save_locally(self, progress: Progress, journal: Journal) -> None:
+        """Have the nodes keep copies of the run as it stands. That they cannot is told, and no more."""
+        assert self._local is not None
+        journal.sync()
+        header = self._header(progress)
+        failure = self._local.save(self._engine.held(), header, generation=self._generation, step=progress.step)
+        if failure is not None:
+            journal.warn(f"the nodes keep no copies of step {progress.step:,}: {failure}.")
 
     def finish(self, journal: Journal) -> None:
         """Wait for the save in progress, if there is one. To be called before the run ends."""

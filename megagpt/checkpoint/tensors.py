@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ import xxhash
 from torch import Tensor
 
 from megagpt.checkpoint.boxes import Box, overlap
-from megagpt.checkpoint.folders import CHUNK, Folder, uninitialised
+from megagpt.checkpoint.folders import AHEAD, CHUNK, Folder, uninitialised
 
 _ITEM = 4  # bytes of an fp32 number
 
@@ -30,16 +30,16 @@ Hash = xxhash.xxh3_128
 
 
 def hashed(chunks: Iterable[bytes | memoryview], digest: Hash) -> Iterator[bytes | memoryview]:
-    """`chunks` as they are; each is hashed while the next one is made and the consumer uses this one."""
+    """`chunks` as they are; each is hashed while later ones are made, and before the one after `AHEAD` others is."""
     with ThreadPoolExecutor(1, thread_name_prefix="hash") as pool:
-        pending: Future[None] | None = None
+        pending: deque[Future[None]] = deque()
         for chunk in chunks:
-            if pending is not None:
-                pending.result()
-            pending = pool.submit(digest.update, chunk)
+            pending.append(pool.submit(digest.update, chunk))
             yield chunk
-        if pending is not None:
-            pending.result()
+            if len(pending) > AHEAD:
+                pending.popleft().result()
+        for hashing in pending:
+            hashing.result()
 
 
 def file_chunks(tensors: Sequence[tuple[str, Tensor]]) -> Iterator[bytes | memoryview]:
@@ -89,7 +89,7 @@ class TensorFile:
     def chunks(self, wanted: Iterable[Wanted]) -> Iterator[bytes | memoryview]:
         """The file's content in order, a part at a time; on the way boxes are copied to their targets.
 
-        A part is valid until the one after the next is asked for. No byte is read twice. Raises ValueError, KeyError
+        A part is valid until `AHEAD` more have been taken. No byte is read twice. Raises ValueError, KeyError
         or TypeError at once if the header is not that of a file with these boxes.
         """
         return self._chunks(self._plan(wanted))

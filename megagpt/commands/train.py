@@ -107,7 +107,7 @@ def prepare(run: config.Run, out: Path, *, write: bool) -> None:
     """Everything that can be refused before a rank starts; then, with `write`, the run's folder with run.toml in it.
 
     Raises UserError for a missing logger's package, a corpus that is missing, damaged, of another tokenizer or of too
-    large a vocabulary, and a folder whose checkpoint is of another model.
+    large a vocabulary, a folder whose checkpoint is of another model, and one that cannot be written or has no room.
     """
     from megagpt.data.corpus import open_mixture
     from megagpt.report.loggers import require_packages
@@ -122,9 +122,23 @@ def prepare(run: config.Run, out: Path, *, write: bool) -> None:
         )
     _refuse_other_model(run, out)
     if write:
-        out.mkdir(parents=True, exist_ok=True)
-        with whole(out / "tokenizer.json") as temporary:
-            shutil.copyfile(first.folder / "tokenizer.json", temporary)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            with whole(out / "tokenizer.json") as temporary:
+                shutil.copyfile(first.folder / "tokenizer.json", temporary)
+        except OSError as error:
+            raise UserError(f"the run's folder {out} cannot be written: {error}.", "Choose another --out.") from error
+        _require_room(run, out)
+
+
+def _require_room(run: config.Run, out: Path) -> None:
+    """Refuse a place for checkpoints that is read-only, or too full for one of them."""
+    from megagpt import ledger
+    from megagpt.checkpoint.folders import checkpoints_of
+
+    folder = checkpoints_of(run.checkpoint, out)
+    folder.require_writable()
+    folder.require_space(ledger.checkpoint_bytes(run.model))
 
 
 def _refuse_other_model(run: config.Run, out: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from megagpt.data.corpus import Corpus
 from megagpt.errors import RunFailure
 from megagpt.heal.attempts import Beat, put_aside, read_beats
 from megagpt.heal.clock import Clock
-from megagpt.heal.health import Health
+from megagpt.heal.health import SKIP_WINDOW, Health
 from megagpt.heal.stragglers import OwnTimes
 from megagpt.heal.watchdog import Watchdog
 from megagpt.mesh import Mesh
@@ -26,6 +27,8 @@ from megagpt.parallel import ranks
 from megagpt.parallel.engine import Engine, Step
 from megagpt.report.journal import Journal
 from megagpt.report.metrics import append_event, read_records
+
+OVERFLOW = "gradient not finite"
 
 
 @contextlib.contextmanager
@@ -63,6 +66,21 @@ def _word(cause: Cause, message: str, *, rank: int, host: str, step: int) -> out
     return dataclasses.replace(outcome.ended("failed", cause, message, rank=rank, step=step), host=host)
 
 
+def _skipped_after(step: int, journal: Journal, *, fp16: bool) -> list[int]:
+    """The last steps after `step` that count for heal.skip_budget, from the events of earlier attempts.
+
+    The rank that speaks has the events and tells the others, which judge as it does. Every rank must call it.
+    """
+    found = {
+        event["step"]
+        for event in journal.events()
+        if event["event"] == "skipped" and event["step"] > step and not (fp16 and event["cause"] == OVERFLOW)
+    }
+    newest = sorted(found)[-SKIP_WINDOW:]
+    told = ranks.sum_over_ranks([float(at) for at in [*newest, *[0] * (SKIP_WINDOW - len(newest))]])
+    return [int(at) for at in told if at]
+
+
 class Healer:
     """Judges each step, goes back where that helps, and compares the ranks' speeds."""
 
@@ -78,6 +96,7 @@ class Healer:
         self._run, self._saver, self._corpora = run, saver, corpora
         self._journal, self._clock = journal, clock
         self._health = Health(run.heal, progress.health, fp16=run.train.precision == "fp16")
+        self._health.skipped_before(_skipped_after(progress.step, journal, fp16=run.train.precision == "fp16"))
         self._times = OwnTimes()
 
     def examine(self, done: Step, progress: Progress) -> Progress | None:
@@ -88,10 +107,8 @@ class Healer:
         verdict = self._health.judge(done, progress.step)
         progress.health = self._health.state()
         if verdict == "skipped":
-            what = "loss" if done.loss != done.loss or abs(done.loss) == float("inf") else "gradient"
-            self._journal.event(
-                "skipped", step=progress.step, rank=done.seen_by, cause=f"{what} not finite", action="no update"
-            )
+            cause = OVERFLOW if math.isfinite(done.loss) else "loss not finite"
+            self._journal.event("skipped", step=progress.step, rank=done.seen_by, cause=cause, action="no update")
         elif verdict == "spike":
             return self._answer_spike(done, progress)
         return None

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from megagpt.config import Heal
@@ -42,6 +42,10 @@ class Health:
 
     def state(self) -> dict[str, Any]:
         return {"losses": self._losses, "streak": self._streak, "skips": self._skips, "rollbacks": self.rollbacks}
+
+    def skipped_before(self, steps: Sequence[int]) -> None:
+        """Count also these steps, which were skipped after the run was saved, in an attempt that ended then."""
+        self._skips = sorted({*self._skips, *steps})
 
     def judge(self, done: Step, step: int) -> Verdict:
         """What to make of `step`. Raises RunFailure if the run has diverged."""
@@ -84,7 +88,7 @@ class Health:
             )
         if self._fp16 and math.isfinite(done.loss):
             return  # the scale was too high, and falls
-        self._skips = [at for at in self._skips if at > step - SKIP_WINDOW] + [step]
+        self._skips = sorted({step, *(at for at in self._skips if at > step - SKIP_WINDOW)})
         if len(self._skips) > self._heal.skip_budget:
             raise RunFailure(
                 f"step {step:,} has loss {done.loss:g} and gradient norm {done.grad_norm:g}, and is one of "

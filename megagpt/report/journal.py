@@ -23,6 +23,7 @@ from megagpt.report.metrics import (
     open_evaluations,
     open_events,
     open_metrics,
+    read_records,
     record_event,
 )
 from megagpt.report.plan import plan_rows
@@ -163,6 +164,10 @@ class Journal:
             record_event(self._events, event, **details)
             rank = "" if details["rank"] is None else f", rank {details['rank']}"
             self._console.warn(f"step {details['step']:,}{rank}: {event}, {details['cause']}; {details['action']}")
+
+    def events(self) -> list[dict[str, Any]]:
+        """All events of the run so far, on the rank that speaks; on others none."""
+        return read_records(self._out / "events.jsonl") if self._speak else []
 
     def went_back(self, step: int) -> None:
         """The run goes on after `step` again: later records are dropped."""

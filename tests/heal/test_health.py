@@ -47,6 +47,16 @@ def test_a_falling_loss_is_no_spike_however_far_it_falls():
     assert [health.judge(done(0.1), step) for step in range(41, 50)] == ["well"] * 9
 
 
+def test_a_step_that_is_skipped_again_after_a_restart_counts_once():
+    health = Health(HEAL, {"skips": [5]}, fp16=False)
+    health.skipped_before([7])
+    for step in (7, 7):
+        assert health.judge(done(skipped=True), step) == "skipped"
+    assert health.state()["skips"] == [5, 7]
+    with pytest.raises(RunFailure, match="is one of 3 such steps"):
+        health.judge(done(skipped=True), 8)
+
+
 def test_spikes_do_not_become_their_own_yardstick():
     health = trained()
     verdicts = [health.judge(done(9.0), step) for step in range(41, 80)]

@@ -20,6 +20,7 @@ from megagpt.config import Checkpoint, Heal, Parallel, Report, Train
 from megagpt.heal.goodput import goodput
 from megagpt.heal.watchdog import HANG_STATUS
 from megagpt.parallel import ranks
+from tests.heal.test_skips import spoilt_loss
 from tests.test_train import fit, kill_at, losses, records, run_of
 
 STEPS = 24
@@ -130,6 +131,44 @@ def test_a_spike_without_a_checkpoint_before_it_is_told_and_let_pass(corpora, tm
     assert fit(run, tmp_path, before=spiking(12, 13)) == 0
     assert [event["action"] for event in events(tmp_path, "spike")] == ["none: there is no checkpoint before it"]
     assert len(losses(tmp_path)) == STEPS
+
+
+def skipping(*steps: int) -> Any:
+    """The loss of these steps is not a number on rank 1, whichever attempt does them."""
+
+    def plant() -> None:
+        from megagpt.report.journal import Journal
+        from megagpt.train import Engine
+
+        train, told, reached = Engine.train_batch, Journal.step, [0]
+
+        def step(self: Journal, *arguments: Any, **values: Any) -> None:
+            told(self, *arguments, **values)
+            reached[0] = values["step"]
+
+        def train_batch(self: Engine, *arguments: Any, **values: Any) -> Any:
+            if reached[0] + 1 in steps:
+                spoilt_loss(self)
+            return train(self, *arguments, **values)
+
+        Journal.step, Engine.train_batch = step, train_batch  # type: ignore[method-assign]
+
+    return plant
+
+
+def test_steps_that_an_attempt_skipped_after_its_last_commit_count_against_the_budget_of_the_next(
+    corpora, tmp_path, capfd
+):
+    run = patient(corpora, heal=Heal(skip_budget=1))
+
+    def before_the_commit_is_lost() -> None:
+        skipping(7)()
+        kill_at(8, rank=0)()
+
+    assert fit(run, tmp_path, before=before_the_commit_is_lost) == 128 + signal.SIGKILL
+    assert [event["step"] for event in events(tmp_path, "skipped")] == [7]
+    assert fit(run, tmp_path, before=skipping(12)) == 1
+    assert "is one of 2 such steps among the last 100" in capfd.readouterr().err
 
 
 def stuck_at(step: int, *, rank: int, how: str) -> Any:
