@@ -23,7 +23,7 @@ import torch
 
 from megagpt.checkpoint import folders, lineage
 from megagpt.checkpoint.folders import folder_at
-from megagpt.checkpoint.load import newest_valid, whole_tensors
+from megagpt.checkpoint.load import newest_valid, reader_of, whole_tensors
 from megagpt.config import Checkpoint, Data, Parallel, Run, Train
 from megagpt.data.corpus import Corpus, open_mixture
 from megagpt.files import write_whole
@@ -226,11 +226,11 @@ def differs(source: Path, again: Path, *, scale: bool) -> list[str]:
     assert before is not None
     assert after is not None
     assert (before.commit.generation, after.commit.generation) == (1, 2)
-    pairs = zip(whole_tensors(before), whole_tensors(after), strict=True)
+    read = reader_of(after)
     found = [
         f"{kind} of {name}"
-        for (kind, name, one), (*_, other) in pairs
-        if not torch.equal(one.view(torch.int32), other.view(torch.int32))
+        for kind, name, value in whole_tensors(before)
+        if not torch.equal(value.view(torch.int32), read(kind, name).view(torch.int32))
     ]
     counters = [manifest.header["counters"] for manifest in (before, after)]
     found += [] if counters[0]["optimizer_steps"] == counters[1]["optimizer_steps"] == 1 else ["steps of AdamW"]
