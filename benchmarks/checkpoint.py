@@ -125,8 +125,8 @@ def background(engine: Any, folder: Path, rounds: int) -> dict[str, Any]:
     from megagpt.checkpoint.save import bytes_of, save
     from megagpt.data.batch import Batch
 
-    tokens = torch.arange(4 * 257).view(4, 257) % 1000
-    batch = Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), None, torch.arange(4))
+    tokens = torch.arange(2 * 129).view(2, 129) % 1000
+    batch = Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), None, torch.arange(2))
     arguments: dict[str, Any] = {"header": {}, "rank": 0, "ranks": 1}
     copy, owned = HostCopy(), engine.owned()
     found: dict[str, list[float]] = {name: [] for name in ("step", "step_with_save", "stall", "synchronous", "copy")}

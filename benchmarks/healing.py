@@ -1,15 +1,15 @@
-"""What healing and guards cost: the same run with and without them, in alternating rounds of one process tree.
+"""What healing and guards cost: one run in which they are switched off and on again every few steps.
 
-    off      no watchdog thread, no judgement, no comparison of ranks, no guard
-    on       the defaults, with spikes watched as well: what looks at every step
-    guard    check_agreement alone, timed by itself: what happens every train.guard_every steps
-    parts    each thing that "on" adds, timed by itself: their sum is known better than a small difference of two large
-             numbers
+    on       the defaults, with spikes watched as well: watchdog, judgement of every step, comparison of ranks
+    off      none of them
+    parts    each thing that "on" adds, and the guard of train.guard_every, timed by itself: their sum is known better
+             than a small difference of two large numbers
 
-Every round trains the same steps of a small model on 2 ranks, in an order that turns. A step counts twice: by the wall
-clock, the median, which asks for a quiet machine; and by the processor time of the first rank with all its threads,
-the mean, which a busy machine disturbs less.
-    python benchmarks/healing.py [--rounds 8] [--write]
+Blocks of steps alternate (on, off, off, on, ...), so each is compared with its neighbour of the same minute, on the
+same processes and memory. A step counts twice: by the wall clock, which asks for a quiet machine; and by the processor
+time of the first rank with all its threads, which a busy machine disturbs less. The interval holds the median
+difference of all such pairs with 95% confidence (order statistics: no distribution is assumed).
+    python benchmarks/healing.py [--steps 600] [--write]
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import math
 import os
 import platform
 import statistics
@@ -35,12 +36,13 @@ from megagpt.data.build import Recipe, build
 from megagpt.parallel import ranks
 
 RESULTS = Path(__file__).parent / "results" / "healing.json"
-STEPS = 50
+BLOCK = 5
+WARM_UP = 20
 MODEL = Model(layers=4, width=256, heads=4, vocabulary=512, context=256)
 
 
-def run_of(corpus: Path, heal: Heal) -> Run:
-    train = Train(tokens=STEPS * 4 * 256, global_batch=4, micro_batch=2, precision="fp32", eval_every=0, guard_every=0)
+def run_of(corpus: Path, heal: Heal, steps: int) -> Run:
+    train = Train(tokens=steps * 4 * 256, global_batch=4, micro_batch=2, precision="fp32", eval_every=0, guard_every=0)
     return Run(
         model=MODEL,
         data=Data(mixture={str(corpus): 1}),
@@ -53,24 +55,33 @@ def run_of(corpus: Path, heal: Heal) -> Run:
     )
 
 
-def trained(run: Run, out: Path, *, healing: bool) -> tuple[float, float]:
-    """Seconds of a step, without the first ten: by the wall clock, the median, and of the processor, the mean."""
+def heals(step: int) -> bool:
+    """Whether healing is on in a step, from 1: by blocks, on, off, off, on, and again."""
+    return (max(0, step - 1 - WARM_UP) // BLOCK + 1) // 2 % 2 == 0
+
+
+def trained(run: Run, out: Path) -> list[tuple[float, float]]:
+    """The ends of all steps: by the wall clock, and in the first rank's processor time."""
 
     def work() -> None:
         from megagpt import train
+        from megagpt.heal.watchdog import Watchdog
 
-        if not healing:
-            train.watched = unwatched  # type: ignore[assignment]
-            train.Healer.examine = lambda *_: None  # type: ignore[method-assign,assignment]
-            train.Healer.compare_ranks = lambda *_: None  # type: ignore[method-assign,assignment]
-        moments: list[tuple[float, float]] = []
+        reached, moments = [0], []
         told = train.Journal.step
 
         def timed(self: Any, *arguments: Any, **values: Any) -> None:
             told(self, *arguments, **values)
+            reached[0] = values["step"]
             moments.append((time.perf_counter(), time.process_time()))
 
+        def switched(kind: Any, name: str) -> None:
+            real = getattr(kind, name)
+            setattr(kind, name, lambda *words, **more: real(*words, **more) if heals(reached[0] + 1) else None)
+
         train.Journal.step = timed  # type: ignore[method-assign]
+        for kind, name in ((train.Healer, "examine"), (train.Healer, "compare_ranks"), (Watchdog, "_beat")):
+            switched(kind, name)
         with (out / "log").open("w") as log, contextlib.redirect_stdout(log):
             train.fit(run, out)
         if ranks.rank() == 0:
@@ -79,14 +90,24 @@ def trained(run: Run, out: Path, *, healing: bool) -> tuple[float, float]:
     out.mkdir(parents=True)
     if ranks.run_local(work, 2):
         sys.exit("a rank died")
-    moments = json.loads((out / "moments").read_text())[10:]
-    walls = [after - before for (before, _), (after, _) in itertools.pairwise(moments)]
-    return statistics.median(walls), (moments[-1][1] - moments[0][1]) / len(walls)
+    return json.loads((out / "moments").read_text())
 
 
-@contextlib.contextmanager
-def unwatched(*_: Any) -> Any:
-    yield argparse.Namespace(ending="")
+def differences(moments: list[tuple[float, float]], clock: int) -> dict[str, Any]:
+    """What healing adds to a step, as a share of it: the median over neighbouring blocks, and where it lies."""
+    times = [after[clock] - before[clock] for before, after in itertools.pairwise(moments)]  # of step 2, 3, ...
+    starts = range(WARM_UP - 1, len(times) - BLOCK + 1, BLOCK)
+    blocks = [(heals(start + 2), statistics.mean(times[start : start + BLOCK])) for start in starts]
+    pairs = [dict(pair) for pair in zip(blocks[::2], blocks[1::2], strict=False)]
+    shares = sorted(pair[True] / pair[False] - 1 for pair in pairs)
+    reach = round(0.98 * math.sqrt(len(shares)))  # 1.96 standard deviations of a binomial of 1/2
+    middle = len(shares) // 2
+    return {
+        "median": statistics.median(shares),
+        "interval_95": [shares[max(0, middle - reach)], shares[min(len(shares) - 1, middle + reach)]],
+        "pairs": len(shares),
+        "step_seconds_without": statistics.median(time for on, time in blocks if not on),
+    }
 
 
 def parts_of(run: Run, folder: Path) -> dict[str, float]:
@@ -147,27 +168,19 @@ def corpus_in(folder: Path) -> Path:
     return folder / "corpus"
 
 
-def measure(rounds: int) -> dict[str, Any]:
+def measure(steps: int) -> dict[str, Any]:
     heal = Heal(spike_score=1e9)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        run = run_of(corpus_in(folder), heal)
-        found: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
-        for number in range(rounds):
-            for healing in (True, False) if number % 2 else (False, True):
-                found[healing].append(trained(run, folder / f"{number}-{healing}", healing=healing))
+        run = run_of(corpus_in(folder), heal, steps)
+        moments = trained(run, folder / "run")
         parts = parts_of(run, folder)
-    pairs = list(zip(found[True], found[False], strict=True))
-    walls = sorted(on[0] / off[0] - 1 for on, off in pairs)
-    processor = sorted(on[1] / off[1] - 1 for on, off in pairs)
-    step, every = statistics.median(wall for wall, _ in found[False]), Train().guard_every
+    wall, every = differences(moments, 0), Train().guard_every
+    step = wall["step_seconds_without"]
     a_step = parts["judge"] + 3 * parts["enter"] + parts["own_time"] + parts["compare"] / run.report.every
     return {
-        "step_seconds": step,
-        "overhead_by_wall_clock": statistics.median(walls),
-        "overhead_by_wall_clock_by_round": walls,
-        "overhead_by_processor_time": statistics.median(processor),
-        "overhead_by_processor_time_by_round": processor,
+        "overhead_by_wall_clock": wall,
+        "overhead_by_processor_time": differences(moments, 1),
         "parts_seconds": parts,
         "overhead_of_the_parts": a_step / step + parts["beat"] / 1.0 + parts["guard"] / every / step,
     }
@@ -175,16 +188,16 @@ def measure(rounds: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--write", action="store_true", help=f"write {RESULTS.name}")
     options = parser.parse_args()
     import torch
 
     result = {
-        "what": "median training step of 2 ranks with and without healing, alternating",
+        "what": "training steps of 2 ranks with and without healing, in alternating blocks of one run",
         "model": dataclasses.asdict(MODEL),
-        "rounds": options.rounds,
-        **measure(options.rounds),
+        "steps": options.steps,
+        **measure(options.steps),
         "load_average": os.getloadavg()[0],
         "hardware": f"{platform.machine()}, {os.cpu_count()} cores",
         "torch": torch.__version__,

@@ -6,10 +6,10 @@ import pytest
 
 from megagpt.checkpoint import lineage
 from megagpt.checkpoint.folders import Folder, folder_at
-from megagpt.checkpoint.load import newest_valid
+from megagpt.checkpoint.load import load_checked, newest_valid
 from megagpt.errors import UserError
-from tests.checkpoint.test_faults import holds
-from tests.checkpoint.tiny import run_with_commits
+from tests.checkpoint.test_faults import equal, holds
+from tests.checkpoint.tiny import run_with_commits, state
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +56,24 @@ def test_damage_on_an_object_store_is_found_and_the_commit_before_used(root):
     manifest, faults = newest_valid(root)
     assert "rank-00000.safetensors has changed" in faults[0]
     assert holds(manifest, 20)
+
+
+def test_a_load_downloads_each_file_once(root, monkeypatch):
+    manifest, _ = newest_valid(root)
+    assert manifest is not None
+    asked: dict[str, int] = {}
+    kind = type(root)
+    read_into = kind.read_into
+
+    def counting(self: Folder, name: str, start: int, buffer: memoryview) -> None:
+        asked[name] = asked.get(name, 0) + len(buffer)
+        read_into(self, name, start, buffer)
+
+    monkeypatch.setattr(kind, "read_into", counting)
+    found = state(0)
+    assert load_checked(manifest, found) is None
+    assert equal(found, state(30))
+    assert asked == {part["file"]: part["bytes"] for part in manifest.header["files"]}
 
 
 def test_of_two_attempts_on_an_object_store_one_gets_the_number(root):
