@@ -122,7 +122,7 @@ def _run(out: Path, plan: _Plan, tokenizer: Tokenizer, numbers: Sequence[int], *
     tasks, recipe = plan.tasks, plan.recipe
     job = Job(out, recipe, tokenizer.definition, tokenizer.end_of_text, fast)
     if fast:
-        with_gigatoken(tokenizer, _sample(tasks, recipe))  # refused here, once, and not in every task
+        tokenizer = with_gigatoken(tokenizer, _sample(tasks, recipe))  # refused here, once, and not in every task
     if recipe.deduplicate and not _repeats_known(out, tasks):
         waiting = [(number, tasks[number]) for number in numbers if not hashes_file(out, number).exists()]
         _each(f"hashing for {out}", waiting, partial(hash_task, job), processes)
@@ -131,7 +131,7 @@ def _run(out: Path, plan: _Plan, tokenizer: Tokenizer, numbers: Sequence[int], *
             return
         find_repeats([hashes_file(out, n) for n in every], [repeats_file(out, n) for n in every])
     waiting = [(number, tasks[number]) for number in numbers if result_of(out, number) is None]
-    _check_space(out, job, [task for _, task in waiting])
+    _check_space(out, recipe, tokenizer, [task for _, task in waiting])
     _each(f"building {out}", waiting, partial(run_task, job), processes)
 
 
@@ -278,14 +278,14 @@ def _training_texts(slices: Sequence[Slice], share: float, recipe: Recipe, repor
                 break
 
 
-def _check_space(out: Path, job: Job, tasks: Sequence[Sequence[Slice]]) -> None:
+def _check_space(out: Path, recipe: Recipe, tokenizer: Tokenizer, tasks: Sequence[Sequence[Slice]]) -> None:
     """Foresee the shards' size from the first texts. Raises UserError, before a shard is begun, if it is too much."""
     read = tokens = 0
-    tokenizer, choice = job.tokenizer(), job.recipe.choice()
+    choice = recipe.choice()
     for piece in chain.from_iterable(tasks):
         for document, taken in choice.read(piece):
-            count = len(tokenizer.encode(document.text[:_SAMPLE_BYTES])) if document.ids is None else len(document.ids)
-            tokens += count + 1 if taken else 0
+            text, ids = document.text[:_SAMPLE_BYTES], document.ids
+            tokens += len(tokenizer.encode_document(text) if ids is None else ids) if taken else 0
             read += min(len(document.utf8), _SAMPLE_BYTES)
             if read >= _SAMPLE_BYTES:
                 break

@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import numpy as np
-from webdataset.handlers import reraise_exception
-from webdataset.tariterators import group_by_keys, tar_file_iterator
 
 from megagpt.errors import UserError
 
@@ -49,6 +47,9 @@ def read_members(path: str, column: str, further: Sequence[str]) -> Iterator[Mem
 
 
 def _samples(path: str) -> Iterator[dict[str, Any]]:
+    from webdataset.handlers import reraise_exception  # not above: webdataset imports torch, and a build needs none
+    from webdataset.tariterators import group_by_keys, tar_file_iterator
+
     with Path(path).open("rb") as stream:
         files = ({**file, "__url__": path} for file in tar_file_iterator(cast(Any, stream), handler=reraise_exception))
         yield from group_by_keys(files, handler=reraise_exception)

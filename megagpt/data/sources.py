@@ -33,6 +33,7 @@ Kind = Literal["parquet", "jsonl", "text", "tar"]
 _COMPRESSED = (".gz", ".zst")
 _JSONL = (".jsonl", ".ndjson")
 _TEXT = (".txt", ".md", ".rst", ".py")
+_BOM = b"\xef\xbb\xbf"
 _EXPANSION = 4  # bytes of text that a byte of .gz or .zst holds, roughly: only for progress and balance
 _PARQUET_ROWS = 1024
 _INPUTS = "Name files, folders, or globs in quotes, such as 'corpus/**/*.jsonl.zst'."
@@ -215,7 +216,7 @@ def _read_text(piece: Slice, _column: str, further: Sequence[str]) -> Iterator[D
     if further:
         raise UserError(f"{piece.path} is a text file and has no column '{further[0]}', which --where names.")
     with _open_stream(piece.path) as file:
-        content = file.read().removeprefix(b"\xef\xbb\xbf")
+        content = file.read().removeprefix(_BOM)
     try:
         yield Document(content.decode(), content, 0, {})
     except UnicodeDecodeError as error:
@@ -275,16 +276,16 @@ def _first_line(piece: Slice) -> int:
 
 def _parse(line: bytes, column: str, further: Sequence[str], row: int) -> Document | None:
     """The text of one line, None if the line is blank. Raises ValueError, worded to follow the line's number."""
+    if line.isspace():
+        return None
     try:
-        record: Any = json.loads(line.decode("utf-8-sig")) if line.strip() else None
+        record: Any = json.loads(line.removeprefix(_BOM).decode())
     except json.JSONDecodeError as error:
         raise ValueError(f"is not JSON: {error.msg} at column {error.colno}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"is not UTF-8: {error.reason} at byte {error.start + 1} of the line") from error
     except RecursionError as error:
         raise ValueError("is nested too deeply") from error
-    if not line.strip():
-        return None
     if not isinstance(record, dict):
         raise ValueError(f"is not a JSON object with a key '{column}'")
     if column not in record:
