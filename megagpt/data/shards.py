@@ -95,7 +95,7 @@ class ShardWriter:
             self._tee.write(content)
             payload = self._tee.size - array.nbytes
             self._tee.write(bytes(-len(content) % _TAR_BLOCK))
-        self._blocks.append(_Block(payload, zlib.crc32(tokens), len(tokens), lengths))
+        self._blocks.append(_Block(payload, zlib.crc32(tokens.data), len(tokens), lengths))
         self._block, self._block_size = [], 0
 
     def finish(self) -> None:

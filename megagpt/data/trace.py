@@ -75,13 +75,18 @@ def tallies(corpus: Corpus) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _table(corpus: Corpus) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    sources, found = (json.loads(_content(corpus, name)) for name in ("sources.json", "statistics.json"))
+    return list(zip(sources, found, strict=True))
+
+
+def _content(corpus: Corpus, name: str) -> bytes:
+    if corpus.remote is not None:
+        return corpus.remote.store.read(name)
     try:
-        sources = json.loads((corpus.folder / "sources.json").read_bytes())
-        found = json.loads((corpus.folder / "statistics.json").read_bytes())
+        return (corpus.folder / name).read_bytes()
     except FileNotFoundError as error:
         rule = f"{corpus.folder} does not say where its documents came from: {error.filename} is missing."
         raise UserError(rule, "Build it again, in another folder.") from error
-    return list(zip(sources, found, strict=True))
 
 
 def _origins_in_task(
