@@ -13,7 +13,7 @@ import pytest
 
 from megagpt.commands.data import Which, run_which
 from megagpt.commands.train import prepare
-from megagpt.config import Data, Run
+from megagpt.config import Data, Report, Run
 from megagpt.data.corpus import open_corpus
 from megagpt.parallel import ranks
 from tests.data.stores import KEY, SECRET, s3_server, upload, use_server
@@ -53,6 +53,7 @@ def broken_on(rank: int, fingerprint: str, then: Callable[[], None] = lambda: No
 
         def refuse(self: Remote, entry, *place):  # type: ignore[no-untyped-def]
             if self.fingerprint == fingerprint and entry.name == "train-00001-00":
+                self.cache.faults += 1
                 raise Corrupt("planted", Path("planted"))
             return read(self, entry, *place)
 
@@ -72,7 +73,7 @@ def which(out: Path, step: int, capsys: pytest.CaptureFixture[str]) -> list[dict
 def from_files(corpora: dict[str, Path], tmp_path: Path, bad_block: str) -> Run:
     mixture = {f"file://{corpora['prose']}": 1, f"file://{corpora['code']}": 2}
     data = Data(mixture=mixture, cache=str(tmp_path / "cache"), remote="blocks", bad_block=bad_block)  # type: ignore[arg-type]
-    return run_of(corpora, data=data)
+    return run_of(corpora, data=data, report=Report(every=2))
 
 
 def test_a_block_that_one_rank_finds_broken_is_replaced_on_all_and_again_after_a_kill(
@@ -92,6 +93,9 @@ def test_a_block_that_one_rank_finds_broken_is_replaced_on_all_and_again_after_a
     shard = code.manifest.shards_of("train")[0].tokens
     assert (event["step"], event["rank"], event["shard"], event["block"]) == (4, 1, "train-00001-00", 0)
     assert event["tokens"] == [shard, shard + code.manifest.shards_of("train")[1].tokens]
+    (told,) = (record for record in records(out, "events") if record["event"] == "store")
+    assert (told["step"], told["corpus"]) == (4, f"file://{code.location}")
+    assert told["cause"].startswith("downloads that failed their check: ")
     rows = [row for step in range(1, 9) for row in which(out, step, capsys)]
     replaced = [row["position"] for row in rows if "in_place_of" in row]
     assert replaced[0] == event["positions"][0] == min(event["positions"])

@@ -51,16 +51,24 @@ _PROOF_SLICES, _PROOF_BYTES = 16, 32_000  # of text, on which a fast tokenizer p
 
 
 def build(
-    inputs: Sequence[str], out: Path, *, tokenizer: Path | None, recipe: Recipe, processes: int, fast: bool = False
+    inputs: Sequence[str],
+    out: Path,
+    *,
+    tokenizer: Path | None,
+    recipe: Recipe,
+    processes: int,
+    fast: bool = False,
+    commands: bool = False,
 ) -> Manifest:
     """Build the corpus `out` from files, folders or globs; go on where an earlier build was stopped.
 
     `tokenizer` is a tokenizer.json or a folder with one; None trains one of recipe.vocabulary on the input. `fast`
-    lets gigatoken encode, once it has given the same ids as tokenizers for texts from all over this input.
+    lets gigatoken encode, once it has given the same ids as tokenizers for texts from all over this input. `commands`
+    allows inputs that are commands.
     A corpus that is already built from the same is left as it is.
     Raises UserError for a bad recipe or input, too little disk space, or a folder that holds another corpus.
     """
-    plan = _planned(inputs, tokenizer, recipe, processes)
+    plan = _planned(sources.find_files(inputs, commands=commands), tokenizer, recipe, processes)
     if (out / "manifest.json").exists():
         return _already_built(out, plan)
     (out / PREPARATION).mkdir(parents=True, exist_ok=True)
@@ -91,7 +99,7 @@ def build_part(
     """
     if not 0 <= part < parts:
         raise UserError(f"--task {part}/{parts} is no part: they count from 0 to {parts - 1}.")
-    plan = _planned(inputs, tokenizer, recipe, processes)
+    plan = _planned(sources.find_files(inputs), tokenizer, recipe, processes)
     assert plan.tokenizer is not None, "a tokenizer was given"
     if (out / "manifest.json").exists():
         return _already_built(out, plan)
@@ -109,10 +117,10 @@ def build_part(
         return _commit(out, plan, plan.tokenizer)
 
 
-def _planned(inputs: Sequence[str], tokenizer: Path | None, recipe: Recipe, processes: int) -> _Plan:
+def _planned(files: Sequence[str], tokenizer: Path | None, recipe: Recipe, processes: int) -> _Plan:
     _check(recipe, processes)
     recipe.choice()
-    tasks = sources.cut(sources.find_files(inputs), column=recipe.column, tasks=recipe.tasks, largest=_LARGEST_TASK)
+    tasks = sources.cut(files, column=recipe.column, tasks=recipe.tasks, largest=_LARGEST_TASK)
     given = None if tokenizer is None else load_tokenizer(tokenizer, recipe.end_of_text)
     return _Plan(recipe, tasks, given)
 
@@ -183,7 +191,7 @@ class _Plan:
         )
 
     def identity(self) -> dict[str, Any]:
-        files = sorted({piece.path for task in self.tasks for piece in task})
+        files = sorted({piece.path for task in self.tasks for piece in task if piece.kind != "command"})
         stamps = [[path, Path(path).stat().st_size, Path(path).stat().st_mtime_ns] for path in files]
         return {
             "recipe": self.recipe.options(),

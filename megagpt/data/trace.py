@@ -95,7 +95,7 @@ def _origins_in_task(
     """Of training documents at some places in a task, where they came from: each slice at hand is read until then."""
     if not places:
         return
-    if not all(Path(piece.path).is_file() for piece in slices):
+    if not all(piece.kind != "command" and Path(piece.path).is_file() for piece in slices):
         stops = np.cumsum(counts).tolist()
         yield from ((place, Origin(slices[bisect_right(stops, place)].path, None)) for place in places)
         return
