@@ -1,10 +1,12 @@
 """A build of a corpus beside the bare tokenizer, with either backend; its size over the raw tokens; two processes.
 
-The input is the standard library's own sources, several times over with different beginnings, as JSONL. Rates are
-text a second of CPU time in this process, best of some alternating rounds; two processes are compared by the wall
-clock, which needs a quiet machine of two cores or more (the load is in the result).
+The input is the standard library's own sources, several times over with different beginnings, as JSONL; gigatoken has
+as many times more of it as it is faster, roughly, so that what a build costs once weighs as in life. Rates are text a
+second of CPU time in this process, best of some alternating rounds, each with tokenizers that have seen nothing yet;
+two processes are compared by the wall clock, which needs a quiet machine of two cores or more (the load is in the
+result). What a build with gigatoken spends is told apart: reading the documents alone, and writing their tokens alone.
 
-    python benchmarks/data_build.py [--megabytes 60] [--out benchmarks/results/data_build.json]
+    python benchmarks/data_build.py [--megabytes 30] [--out benchmarks/results/data_build.json]
 """
 
 from __future__ import annotations
@@ -22,11 +24,14 @@ from pathlib import Path
 
 import numpy as np
 
+from megagpt.data import sources
 from megagpt.data.build import build
+from megagpt.data.shards import open_shard
 from megagpt.data.task import Recipe
-from megagpt.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer, with_gigatoken
+from megagpt.data.tokenizer import load_tokenizer, train_tokenizer, with_gigatoken
 from megagpt.files import write_whole
 
+_FASTER = 10
 RECIPE = Recipe(heldout=0.0, tasks=8, vocabulary=8192)
 
 
@@ -51,33 +56,55 @@ def cpu_seconds(work: Callable[[], object]) -> float:
     return time.process_time() - began
 
 
-def encode_all(tokenizer: Tokenizer, texts: list[str]) -> None:
-    for text in texts:
-        tokenizer.encode_document(text)
-
-
 def build_anew(raw: Path, out: Path, tokenizer: Path, *, processes: int, fast: bool) -> None:
     shutil.rmtree(out, ignore_errors=True)
     build([str(raw)], out, tokenizer=tokenizer, recipe=RECIPE, processes=processes, fast=fast)
 
 
+def read_all(raw: Path) -> None:
+    for task in sources.cut([str(raw)], column="text", tasks=RECIPE.tasks, largest=1 << 27):
+        for _ in sources.texts(task, "text"):
+            pass
+
+
+def write_all(folder: Path, documents: list[np.ndarray]) -> None:
+    with open_shard(folder, "alone", dtype=np.dtype("<u2"), block_tokens=RECIPE.block_tokens) as shard:
+        for document in documents:
+            shard.add(document)
+    shard.entry(folder, "alone", "train")
+
+
+def rates(folder: Path, definition: Path, texts: list[str], rounds: int, *, fast: bool) -> dict[str, float]:
+    """Of the bare tokenizer and of a build, alternately."""
+    raw = folder / "raw.jsonl"
+    raw.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    megabytes = sum(len(text.encode()) for text in texts) / 1e6
+    bare, whole, read, write = [], [], [], []
+    for _ in range(rounds):
+        tokenizer = load_tokenizer(definition)
+        tokenizer = with_gigatoken(tokenizer, ()) if fast else tokenizer
+        documents: list[np.ndarray] = []
+        bare.append(cpu_seconds(lambda t=tokenizer, d=documents: d.extend(map(t.encode_document, texts))))
+        whole.append(cpu_seconds(lambda: build_anew(raw, folder / "corpus", definition, processes=1, fast=fast)))
+        read.append(cpu_seconds(lambda: read_all(raw)))
+        write.append(cpu_seconds(lambda d=documents: write_all(folder, d)))
+    name = "gigatoken" if fast else "tokenizers"
+    seconds = {"bare": bare, "build": whole, "reading alone": read, "writing alone": write}
+    return {
+        f"{name}: megabytes": round(megabytes, 1),
+        **{f"{name}: {part}, MB per CPU second": round(megabytes / min(taken), 2) for part, taken in seconds.items()},
+        f"{name}: build over bare": round(min(bare) / min(whole), 3),
+    }
+
+
 def measure(folder: Path, texts: list[str], rounds: int) -> dict[str, float]:
     definition = folder / "tokenizer.json"
     definition.write_text(train_tokenizer(texts[:1000], RECIPE.vocabulary).definition, encoding="utf-8")
+    many = [f"# times {time}\n{text}" for time in range(_FASTER) for text in texts]
+    figures = rates(folder, definition, many, rounds, fast=True)
+    del many
+    figures |= rates(folder, definition, texts, rounds, fast=False)
     raw, out = folder / "raw.jsonl", folder / "corpus"
-    raw.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-    megabytes = sum(len(text.encode()) for text in texts) / 1e6
-    bare = load_tokenizer(definition)
-    figures: dict[str, float] = {"megabytes": round(megabytes, 1)}
-    for name, fast in (("tokenizers", False), ("gigatoken", True)):
-        tokenizer = with_gigatoken(bare, texts[:20]) if fast else bare
-        alone, whole = [], []
-        for _ in range(rounds):
-            alone.append(cpu_seconds(lambda tokenizer=tokenizer: encode_all(tokenizer, texts)))
-            whole.append(cpu_seconds(lambda fast=fast: build_anew(raw, out, definition, processes=1, fast=fast)))
-        figures[f"{name}: bare, MB per CPU second"] = round(megabytes / min(alone), 2)
-        figures[f"{name}: build, MB per CPU second"] = round(megabytes / min(whole), 2)
-        figures[f"{name}: build over bare"] = round(min(alone) / min(whole), 3)
     entries = build([str(raw)], out, tokenizer=definition, recipe=RECIPE, processes=1).shards
     raw_bytes = sum(entry.tokens for entry in entries) * np.dtype("<u2").itemsize
     figures["tar over raw tokens"] = round(sum(entry.tar_bytes for entry in entries) / raw_bytes, 4)
@@ -96,7 +123,7 @@ def measure(folder: Path, texts: list[str], rounds: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--megabytes", type=int, default=60, help="megabytes of text")
+    parser.add_argument("--megabytes", type=int, default=30, help="megabytes of text")
     parser.add_argument("--rounds", type=int, default=2, help="rounds, of which the best counts")
     parser.add_argument("--out", type=Path, help="write the results here, as JSON")
     options = parser.parse_args()

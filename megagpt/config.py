@@ -120,6 +120,9 @@ class Data:
     """Read whole shards from a store, or the blocks that are needed. auto: shards if the cache holds them."""
     patience: float = 300.0
     """Seconds that one read from a store is tried again before the run stops."""
+    bad_block: Literal["stop", "substitute"] = "stop"
+    """A block that is broken in its store, however often it is fetched, ends the run; or others are read in its place,
+    the same on every rank and at every replay, up to 16 blocks."""
     max_epochs: int | None = None
     """Times that the run may read a corpus: one that would read it more often is refused. None: no limit."""
     window: int | None = None

@@ -23,8 +23,10 @@ from megagpt.checkpoint.saver import Progress, Saver
 from megagpt.config import Run, steps_of
 from megagpt.data.batch import Batch, document_lengths
 from megagpt.data.corpus import Corpus, open_mixture
+from megagpt.data.fetch import BadBlock
 from megagpt.data.loader import train_batches
 from megagpt.evaluate import evaluate_corpus
+from megagpt.heal.bad_blocks import lost_a_block
 from megagpt.heal.clock import Clock
 from megagpt.heal.corruption import train_twice
 from megagpt.heal.goodput import goodput
@@ -60,6 +62,7 @@ def fit(run: Run, out: Path, *, began: float | None = None) -> None:
             healer = Healer(run, saver, corpora, journal, clock, progress)
             total, stopping = steps_of(run), 0
             while progress.step < total and not stopping:
+                lost = progress.cursor.lost
                 done = step(run, engine, progress, feed, journal, clock)
                 back = healer.examine(done, progress)
                 if back is not None:
@@ -72,7 +75,7 @@ def fit(run: Run, out: Path, *, began: float | None = None) -> None:
                 if last or _due(progress.step, run.train.eval_every):
                     clock.enter("evaluation", progress.step)
                     saver.evaluated(progress.step, evaluate(run, engine, progress, corpora, journal))
-                due = saver.due(progress.step, journal)
+                due = saver.due(progress.step, journal) or progress.cursor.lost != lost
                 if last or stopping or due:
                     clock.enter("save", progress.step)
                     saver.save(progress, journal)
@@ -99,10 +102,10 @@ def step(run: Run, engine: Engine, progress: Progress, feed: Feed, journal: Jour
     """One optimizer step: the next micro-batches, the engine, the record."""
     clock.enter("data", progress.step + 1)
     began = time.perf_counter()
-    micro_batches = next(feed)
+    size = run.train.batch_at(progress.tokens(run.model.context))
+    micro_batches = feed.take(progress, size, journal)
     clock.enter(clock.computing(progress.step + 1), progress.step + 1)
     context = run.model.context
-    size = run.train.batch_at(progress.tokens(context))
     tokens = progress.tokens(context) + size * context
     lr = learning_rate(run.optim, tokens=tokens, total_tokens=run.train.tokens)
     if _due(progress.step, run.train.guard_every):
@@ -153,6 +156,7 @@ class Feed:
         self._run, self._corpora, self._engine = run, corpora, engine
         self._open = contextlib.ExitStack()
         self._batches: Iterator[list[Batch]] = iter(())
+        self._substitutes = run.data.bad_block == "substitute" and any(corpus.remote for corpus in corpora)
         self.waited = 0.0
         """Seconds that the last step's micro-batches took to come."""
 
@@ -164,11 +168,23 @@ class Feed:
     ) -> None:
         self._open.close()
 
-    def __next__(self) -> list[Batch]:
+    def take(self, progress: Progress, size: int, journal: Journal) -> list[Batch]:
+        """The micro-batches of the next step, of `size` sequences. A block may be lost by it (heal.bad_blocks)."""
         began = time.perf_counter()
-        batches = next(self._batches)
+        batches, broken = self._next()
+        while self._substitutes and lost_a_block(broken, progress, self._corpora, size, journal):
+            self.start(progress)
+            batches, broken = self._next()
         self.waited = time.perf_counter() - began
         return batches
+
+    def _next(self) -> tuple[list[Batch], BadBlock | None]:
+        try:
+            return next(self._batches), None
+        except BadBlock as error:
+            if not self._substitutes:
+                raise
+            return [], error
 
     def start(self, progress: Progress) -> None:
         """Go on from where the run stands, whatever was read ahead."""

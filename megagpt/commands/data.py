@@ -18,9 +18,10 @@ from megagpt.checkpoint.lineage import commits
 from megagpt.checkpoint.load import read_manifest
 from megagpt.checkpoint.saver import beginning
 from megagpt.config import Run, load
-from megagpt.data import mixture, order, trace
+from megagpt.data import mixture, order, pack, trace
 from megagpt.data.corpus import Corpus, open_corpus, open_mixture
 from megagpt.data.order import Cursor
+from megagpt.data.substitute import with_substitutes
 from megagpt.errors import UserError
 from megagpt.files import whole
 from megagpt.report.metrics import read_records
@@ -86,34 +87,41 @@ class Stats:
 
 @dataclass(frozen=True)
 class StepRows:
-    """What one step reads: a stream position, a corpus and a sequence a row."""
+    """What one step reads: a stream position, a corpus and a sequence a row.
+
+    `planned` are the sequences by the order alone: others where one was read in place of a broken block's.
+    """
 
     cursor: Cursor
     samples: np.ndarray
     corpus: np.ndarray
     sequence: np.ndarray
+    planned: np.ndarray
+
+    def told(self, row: int, corpus: Corpus) -> dict[str, Any]:
+        """A row as JSON has it."""
+        sequence, planned = int(self.sequence[row]), int(self.planned[row])
+        instead = {} if sequence == planned else {"in_place_of": planned}
+        return {"position": int(self.samples[row]), "corpus": corpus.location, "sequence": sequence, **instead}
 
 
 def run_which(options: Which) -> None:
     """`megagpt data which`. Raises UserError if the run, the step or a corpus is not there."""
     run, cursor, corpora = open_run(options.run)
-    rows = rows_of_step(options.run, run, cursor, options.step, options.rank)
+    rows = rows_of_step(options.run, run, cursor, corpora, step=options.step, data_rank=options.rank)
     documents = [trace.documents_of(corpus, cursor, sequence) for corpus, sequence in _each(rows, corpora)]
     needed: dict[Path, list[int]] = defaultdict(list)
     by_folder = {corpus.folder: corpus for corpus in corpora}
     for (corpus, _), numbers in zip(_each(rows, corpora), documents, strict=True):
         needed[corpus.folder] += numbers
     origins = {folder: trace.origins(by_folder[folder], numbers) for folder, numbers in needed.items()}
-    for (corpus, sequence), sample, numbers in zip(
-        _each(rows, corpora), rows.samples.tolist(), documents, strict=True
-    ):
+    for row, ((corpus, _), numbers) in enumerate(zip(_each(rows, corpora), documents, strict=True)):
         found = [(number, origins[corpus.folder][number]) for number in numbers]
         if options.json:
             listed = [{"document": number, **dataclasses.asdict(origin)} for number, origin in found]
-            content = {"position": sample, "corpus": corpus.location, "sequence": sequence, "documents": listed}
-            print(json.dumps(content))
+            print(json.dumps({**rows.told(row, corpus), "documents": listed}))
         else:
-            print(f"position {sample:,}: sequence {sequence:,} of {corpus.location}")
+            print(_heading(rows.told(row, corpus)))
             for number, origin in found:
                 where = "" if origin.row is None else f":{origin.row}"
                 print(f"  document {number:,}  {origin.path}{where}")
@@ -122,17 +130,17 @@ def run_which(options: Which) -> None:
 def run_replay(options: Replay) -> None:
     """`megagpt data replay`. Raises UserError if the run, the step or a corpus is not there."""
     run, cursor, corpora = open_run(options.run)
-    rows = rows_of_step(options.run, run, cursor, options.step, options.rank)
+    rows = rows_of_step(options.run, run, cursor, corpora, step=options.step, data_rank=options.rank)
     batch = []
-    for (corpus, sequence), sample in zip(_each(rows, corpora), rows.samples.tolist(), strict=True):
+    for row, (corpus, sequence) in enumerate(_each(rows, corpora)):
         tokens, text = trace.decoded(corpus, cursor, sequence)
         padding = np.full(cursor.context + 1 - len(tokens), corpus.manifest.end_of_text, dtype=tokens.dtype)
         batch.append(np.concatenate([tokens, padding]))
         if options.json:
-            content = {"position": sample, "corpus": corpus.location, "sequence": sequence}
-            print(json.dumps({**content, "tokens": tokens.tolist(), "text": text}, ensure_ascii=False))
+            content = {**rows.told(row, corpus), "tokens": tokens.tolist(), "text": text}
+            print(json.dumps(content, ensure_ascii=False))
         else:
-            print(f"position {sample:,}: sequence {sequence:,} of {corpus.location}, {len(tokens):,} tokens")
+            print(f"{_heading(rows.told(row, corpus))}, {len(tokens):,} tokens")
             print(f"  {' '.join(text.split())[:_EXCERPT]}")
     if options.out is not None:
         with whole(options.out) as temporary, temporary.open("wb") as file:
@@ -194,9 +202,14 @@ def _weights(words: Sequence[str]) -> dict[str, int]:
     return dict(zip(words[::2], map(int, words[1::2]), strict=True))
 
 
+def _heading(row: dict[str, Any]) -> str:
+    instead = f" (in place of {row['in_place_of']:,}, of which a block is broken)" if "in_place_of" in row else ""
+    return f"position {row['position']:,}: sequence {row['sequence']:,} of {row['corpus']}{instead}"
+
+
 def _each(rows: StepRows, corpora: Sequence[Corpus]) -> Iterator[tuple[Corpus, int]]:
     for number, sequence in zip(rows.corpus.tolist(), rows.sequence.tolist(), strict=True):
-        yield corpus_of(rows, number, corpora), sequence
+        yield _corpus_of(rows.cursor, number, corpora), sequence
 
 
 def open_run(out: Path) -> tuple[Run, Cursor, list[Corpus]]:
@@ -208,7 +221,9 @@ def open_run(out: Path) -> tuple[Run, Cursor, list[Corpus]]:
     return run, beginning(run, corpora), corpora
 
 
-def rows_of_step(out: Path, run: Run, cursor: Cursor, step: int, data_rank: int | None) -> StepRows:
+def rows_of_step(
+    out: Path, run: Run, cursor: Cursor, corpora: Sequence[Corpus], *, step: int, data_rank: int | None
+) -> StepRows:
     """The rows of a step (counted from 1), or one data rank's part. Raises UserError if there is no such step.
 
     A step that was done is looked up in metrics.jsonl, since batches may have changed; a later one is computed.
@@ -223,7 +238,15 @@ def rows_of_step(out: Path, run: Run, cursor: Cursor, step: int, data_rank: int 
             raise UserError(f"--rank {data_rank} is no data rank: the run has {ranks}, counted from 0.")
         share = slice(data_rank * size // ranks, (data_rank + 1) * size // ranks)
     samples = np.arange(first, first + size)[share]
-    return StepRows(cursor, samples, *order.sequences(cursor, samples))
+    number, planned = order.sequences(cursor, samples)
+    tables = {
+        lost.source: pack.open_sequences(
+            _corpus_of(cursor, lost.source, corpora), "train", context=cursor.context, packing=cursor.packing
+        )
+        for lost in cursor.lost
+        if lost.source in number
+    }
+    return StepRows(cursor, samples, number, with_substitutes(cursor, tables, samples, number, planned), planned)
 
 
 def _recorded(out: Path, run: Run, step: int) -> tuple[int, int] | None:
@@ -239,9 +262,9 @@ def _computed(run: Run, step: int) -> tuple[int, int]:
     return consumed, run.train.batch_at(consumed * run.model.context)
 
 
-def corpus_of(rows: StepRows, number: int, corpora: Sequence[Corpus]) -> Corpus:
-    """The corpus that a row's number names. Raises UserError if the run no longer has it in its mixture."""
-    fingerprint = rows.cursor.sources[number].fingerprint
+def _corpus_of(cursor: Cursor, number: int, corpora: Sequence[Corpus]) -> Corpus:
+    """The corpus of a source. Raises UserError if the run no longer has it in its mixture."""
+    fingerprint = cursor.sources[number].fingerprint
     for corpus in corpora:
         if corpus.fingerprint == fingerprint:
             return corpus

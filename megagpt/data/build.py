@@ -51,16 +51,24 @@ _PROOF_SLICES, _PROOF_BYTES = 16, 32_000  # of text, on which a fast tokenizer p
 
 
 def build(
-    inputs: Sequence[str], out: Path, *, tokenizer: Path | None, recipe: Recipe, processes: int, fast: bool = False
+    inputs: Sequence[str],
+    out: Path,
+    *,
+    tokenizer: Path | None,
+    recipe: Recipe,
+    processes: int,
+    fast: bool = False,
+    commands: bool = False,
 ) -> Manifest:
     """Build the corpus `out` from files, folders or globs; go on where an earlier build was stopped.
 
     `tokenizer` is a tokenizer.json or a folder with one; None trains one of recipe.vocabulary on the input. `fast`
-    lets gigatoken encode, once it has given the same ids as tokenizers for texts from all over this input.
+    lets gigatoken encode, once it has given the same ids as tokenizers for texts from all over this input. `commands`
+    allows inputs that are commands.
     A corpus that is already built from the same is left as it is.
     Raises UserError for a bad recipe or input, too little disk space, or a folder that holds another corpus.
     """
-    plan = _planned(inputs, tokenizer, recipe, processes)
+    plan = _planned(sources.find_files(inputs, commands=commands), tokenizer, recipe, processes)
     if (out / "manifest.json").exists():
         return _already_built(out, plan)
     (out / PREPARATION).mkdir(parents=True, exist_ok=True)
@@ -91,7 +99,7 @@ def build_part(
     """
     if not 0 <= part < parts:
         raise UserError(f"--task {part}/{parts} is no part: they count from 0 to {parts - 1}.")
-    plan = _planned(inputs, tokenizer, recipe, processes)
+    plan = _planned(sources.find_files(inputs), tokenizer, recipe, processes)
     assert plan.tokenizer is not None, "a tokenizer was given"
     if (out / "manifest.json").exists():
         return _already_built(out, plan)
@@ -109,10 +117,10 @@ def build_part(
         return _commit(out, plan, plan.tokenizer)
 
 
-def _planned(inputs: Sequence[str], tokenizer: Path | None, recipe: Recipe, processes: int) -> _Plan:
+def _planned(files: Sequence[str], tokenizer: Path | None, recipe: Recipe, processes: int) -> _Plan:
     _check(recipe, processes)
     recipe.choice()
-    tasks = sources.cut(sources.find_files(inputs), column=recipe.column, tasks=recipe.tasks, largest=_LARGEST_TASK)
+    tasks = sources.cut(files, column=recipe.column, tasks=recipe.tasks, largest=_LARGEST_TASK)
     given = None if tokenizer is None else load_tokenizer(tokenizer, recipe.end_of_text)
     return _Plan(recipe, tasks, given)
 
@@ -122,7 +130,7 @@ def _run(out: Path, plan: _Plan, tokenizer: Tokenizer, numbers: Sequence[int], *
     tasks, recipe = plan.tasks, plan.recipe
     job = Job(out, recipe, tokenizer.definition, tokenizer.end_of_text, fast)
     if fast:
-        with_gigatoken(tokenizer, _sample(tasks, recipe))  # refused here, once, and not in every task
+        tokenizer = with_gigatoken(tokenizer, _sample(tasks, recipe))  # refused here, once, and not in every task
     if recipe.deduplicate and not _repeats_known(out, tasks):
         waiting = [(number, tasks[number]) for number in numbers if not hashes_file(out, number).exists()]
         _each(f"hashing for {out}", waiting, partial(hash_task, job), processes)
@@ -131,7 +139,7 @@ def _run(out: Path, plan: _Plan, tokenizer: Tokenizer, numbers: Sequence[int], *
             return
         find_repeats([hashes_file(out, n) for n in every], [repeats_file(out, n) for n in every])
     waiting = [(number, tasks[number]) for number in numbers if result_of(out, number) is None]
-    _check_space(out, job, [task for _, task in waiting])
+    _check_space(out, recipe, tokenizer, [task for _, task in waiting])
     _each(f"building {out}", waiting, partial(run_task, job), processes)
 
 
@@ -183,7 +191,7 @@ class _Plan:
         )
 
     def identity(self) -> dict[str, Any]:
-        files = sorted({piece.path for task in self.tasks for piece in task})
+        files = sorted({piece.path for task in self.tasks for piece in task if piece.kind != "command"})
         stamps = [[path, Path(path).stat().st_size, Path(path).stat().st_mtime_ns] for path in files]
         return {
             "recipe": self.recipe.options(),
@@ -278,14 +286,14 @@ def _training_texts(slices: Sequence[Slice], share: float, recipe: Recipe, repor
                 break
 
 
-def _check_space(out: Path, job: Job, tasks: Sequence[Sequence[Slice]]) -> None:
+def _check_space(out: Path, recipe: Recipe, tokenizer: Tokenizer, tasks: Sequence[Sequence[Slice]]) -> None:
     """Foresee the shards' size from the first texts. Raises UserError, before a shard is begun, if it is too much."""
     read = tokens = 0
-    tokenizer, choice = job.tokenizer(), job.recipe.choice()
+    choice = recipe.choice()
     for piece in chain.from_iterable(tasks):
         for document, taken in choice.read(piece):
-            count = len(tokenizer.encode(document.text[:_SAMPLE_BYTES])) if document.ids is None else len(document.ids)
-            tokens += count + 1 if taken else 0
+            text, ids = document.text[:_SAMPLE_BYTES], document.ids
+            tokens += len(tokenizer.encode_document(text) if ids is None else ids) if taken else 0
             read += min(len(document.utf8), _SAMPLE_BYTES)
             if read >= _SAMPLE_BYTES:
                 break

@@ -63,7 +63,7 @@ class Convert:
     """Take over WebDataset tars of one document a sample (.npy ids, .txt, .json) as a corpus of blocks."""
 
     tars: Positional[tuple[str, ...]]
-    """Local tar files, or globs in quotes."""
+    """Local tar files, globs in quotes, or, with --allow-commands, 'pipe:COMMAND ...' for what a command writes."""
     out: Path
     """Folder of the corpus. A conversion that was stopped goes on there."""
     tokenizer: Path
@@ -76,6 +76,8 @@ class Convert:
     """Take only the first of documents that are exactly the same."""
     processes: int = field(default_factory=available_cores)
     """Processes that work, a core each; a tar is not divided."""
+    allow_commands: bool = False
+    """Run the commands among the tars, without a shell. Each must write the same whenever it is run."""
     json: bool = False
     """Print the summary as JSON."""
 
@@ -135,35 +137,39 @@ def run_build(options: Build) -> None:
         manifest = found
     else:
         manifest = build(options.inputs, options.out, tokenizer=options.tokenizer, **tools)
+    _tell_built(options, manifest)
+
+
+def _tell_built(options: Build | Convert, manifest: Manifest) -> None:
     if options.json:
         print(json.dumps({"corpus": str(options.out), **_summary(manifest)}))
-    else:
-        _print(_rows(options.out, manifest))
-    if not manifest.counts["heldout"].documents and options.heldout and not options.json:
+        return
+    _print(_rows(options.out, manifest))
+    if not manifest.counts["heldout"].documents and options.heldout:
         print("no document was held out: there is nothing to evaluate on. Give more text or a larger --heldout.")
 
 
 def run_convert(options: Convert) -> None:
     """`megagpt data convert`. Raises UserError for whatever is wrong with tars, options or disk."""
-    from megagpt.data.sources import find_files
+    from megagpt.data.build import build
+    from megagpt.data.sources import find_files, is_command
+    from megagpt.data.task import Recipe
 
-    others = [path for path in find_files(options.tars) if not path.endswith(".tar")]
+    tars = find_files(options.tars, commands=options.allow_commands)
+    others = [path for path in tars if not (path.endswith(".tar") or is_command(path))]
     if others:
         raise UserError(
             f"{others[0]} is not a tar.", "Text, JSONL and Parquet become a corpus with 'megagpt data build'."
         )
-    run_build(
-        Build(
-            inputs=options.tars,
-            out=options.out,
-            tokenizer=options.tokenizer,
-            column=options.column,
-            heldout=options.heldout,
-            deduplicate=options.deduplicate,
-            processes=options.processes,
-            json=options.json,
-        )
+    manifest = build(
+        tars,
+        options.out,
+        tokenizer=options.tokenizer,
+        recipe=Recipe(column=options.column, heldout=options.heldout, deduplicate=options.deduplicate),
+        processes=options.processes,
+        commands=options.allow_commands,
     )
+    _tell_built(options, manifest)
 
 
 def _part(options: Build) -> tuple[int, int, Path]:

@@ -183,8 +183,8 @@ def _open_remote(url: str, settings: Data) -> Corpus:
     if sizes is not None:
         _check_sizes(manifest, url.rstrip("/"), sizes.__getitem__)
     cache = Cache(root / "files", int(settings.cache_gib * 2**30))
-    remote = Remote(store, cache, _mode(manifest, cache.limit, settings))
     fingerprint = manifest.fingerprint()
+    remote = Remote(store, cache, _mode(manifest, cache.limit, settings), fingerprint)
     folder = root / "corpora" / fingerprint
     folder.mkdir(parents=True, exist_ok=True)
     corpus = Corpus(folder=folder, manifest=manifest, fingerprint=fingerprint, location=url.rstrip("/"), remote=remote)

@@ -4,7 +4,7 @@ Whole shards (`data.remote = "shards"`) are checked against their sha256 when co
 ("blocks") are ranged reads, checked against their crc32 on arrival: 128 KB instead of a shard for a sequence, for
 corpora that the cache does not hold. Indices come whole, checked against their sha256. A file that fails its check is
 set aside and fetched again, three times in all; a shard that still fails is read by blocks, so that only the broken
-block itself is lost: it stops the run, with its name. Nothing is skipped.
+block itself is lost: it stops the run, with its name, or by data.bad_block another sequence is read (substitute.py).
 Threads fetch what the coming steps need. Whoever needs a thing now takes it over from their queue.
 """
 
@@ -19,6 +19,7 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +32,7 @@ from megagpt.data.tables import Preads, mapped
 from megagpt.errors import UserError
 from megagpt.files import sha256
 
-THREADS = 8
+THREADS = 16  # a request takes 20-100 ms, most of it waiting
 AHEAD_BYTES = 64 << 20  # what may be asked for before it is needed, of blocks
 _PART = 16 << 20  # bytes of one request for a whole shard
 _LIVE_BLOCKS = 2 * AHEAD_BYTES
@@ -40,7 +41,11 @@ Key = tuple[Any, ...]
 
 
 class BadBlock(UserError):
-    """A block that is broken in the store itself."""
+    """A block that is broken in the store itself: the tokens [first, stop) of a split of the corpus."""
+
+    def __init__(self, rule: str, *, corpus: str, block: int, first: int, stop: int) -> None:
+        super().__init__(rule, f"{RESTORE} Or train without it: --data.bad_block substitute.")
+        self.corpus, self.block, self.first, self.stop = corpus, block, first, stop
 
 
 class _Job:
@@ -81,7 +86,7 @@ class Fetched:
         self._bytes = 0
         self._mutex = threading.Lock()
         self._threads = threads  # to be started, with the first thing asked for
-        self._queue: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[weakref.ref[_Job] | None] = queue.SimpleQueue()
 
     def _start(self) -> None:
         for _ in range(self._threads):
@@ -95,7 +100,7 @@ class Fetched:
             return 0
         if self._threads:
             self._start()
-        self._queue.put(self._job(key, size, load))
+        self._queue.put(weakref.ref(self._job(key, size, load)))
         return size
 
     def get(self, key: Key, size: int, load: Callable[[], Any]) -> Any:
@@ -120,9 +125,12 @@ class Fetched:
             return job
 
 
-def _work(jobs: queue.SimpleQueue[_Job | None]) -> None:
-    while (job := jobs.get()) is not None:
-        job.run()
+def _work(jobs: queue.SimpleQueue[weakref.ref[_Job] | None]) -> None:
+    """Run jobs until None comes; those that nobody can ask for any more are left."""
+    while (reference := jobs.get()) is not None:
+        job = reference()
+        if job is not None:
+            job.run()
 
 
 @dataclass(frozen=True)
@@ -132,6 +140,7 @@ class Remote:
     store: Store
     cache: Cache
     mode: Literal["shards", "blocks"]
+    fingerprint: str
 
     def index(self, entry: ShardEntry) -> Held:
         """The shard's index. Raises UserError if it is broken in the store."""
@@ -170,22 +179,18 @@ class Remote:
             at += len(part)
 
     def block(self, entry: ShardEntry, number: int, start: int, stop: int, crc32: int) -> np.ndarray:
-        """The bytes [start, stop) of the shard, which are its block `number`. Raises BadBlock."""
+        """The bytes [start, stop) of the shard, which are its block `number`. Raises Corrupt if they are broken."""
         name = f"{entry.name}.tar"
 
         def download(descriptor: int) -> None:
             _write(descriptor, self.store.read_range(name, start, stop), 0)
 
-        try:
-            held = self.cache.hold(
-                f"{entry.tar_sha256}-{number}",
-                stop - start,
-                download,
-                lambda path: zlib.crc32(path.read_bytes()) == crc32,
-            )
-        except Corrupt as error:
-            rule = f"block {number} of {self.store.where(name)} is broken in the store: it fails its crc32."
-            raise BadBlock(rule, RESTORE) from error
+        held = self.cache.hold(
+            f"{entry.tar_sha256}-{number}",
+            stop - start,
+            download,
+            lambda path: zlib.crc32(path.read_bytes()) == crc32,
+        )
         return np.fromfile(held.path, dtype=np.uint8)
 
 
@@ -197,11 +202,12 @@ class RemoteShards:
 
     def __init__(self, remote: Remote, entries: Sequence[ShardEntry], dtype: np.dtype) -> None:
         self.remote, self.entries, self.dtype = remote, entries, dtype
+        self.starts = list(accumulate((entry.tokens for entry in entries), initial=0))
         self.blocks = Fetched(_LIVE_BLOCKS)
         self.tars = Fetched(remote.cache.limit // 2)
 
     def open(self, number: int) -> RemoteShard:
-        return self.blocks.get(("index", number), 0, lambda: RemoteShard(self, self.entries[number]))
+        return self.blocks.get(("index", number), 0, lambda: RemoteShard(self, number))
 
     def ask(self, number: int, start: int, stop: int) -> int:
         """Have the tokens [start, stop) of a shard fetched; about how many bytes of memory or cache that takes."""
@@ -225,7 +231,8 @@ class RemoteShards:
 class RemoteShard:
     """One of them: what Shard is to a local file."""
 
-    def __init__(self, shards: RemoteShards, entry: ShardEntry) -> None:
+    def __init__(self, shards: RemoteShards, number: int) -> None:
+        entry = shards.entries[number]
         held = shards.remote.index(entry)
         try:
             index = checked_index(held.path, entry, shards.dtype)
@@ -237,7 +244,7 @@ class RemoteShard:
         self.block_start = index["block_start"].data
         self._block_offset = index["block_offset"].data
         self._crc32 = index["block_crc32"].data
-        self._shards, self._entry = shards, entry
+        self._shards, self._entry, self._first = shards, entry, shards.starts[number]
 
     def copy(self, start: int, out: np.ndarray) -> None:
         """out[:] = the shard's tokens from `start` on. Raises BadBlock."""
@@ -276,7 +283,13 @@ class RemoteShard:
             content = shards.remote.block(entry, block, start, start + size, self._crc32[block])
             return content.view(shards.dtype)
 
-        return shards.blocks.get((entry.name, block), size, load)
+        try:
+            return shards.blocks.get((entry.name, block), size, load)
+        except Corrupt as error:
+            first, stop = (self._first + self.block_start[number] for number in (block, block + 1))
+            where = shards.remote.store.where(f"{entry.name}.tar")
+            rule = f"block {block} of {where} is broken in the store: it fails its crc32."
+            raise BadBlock(rule, corpus=shards.remote.fingerprint, block=block, first=first, stop=stop) from error
 
 
 class LocalShards:

@@ -23,6 +23,7 @@ from megagpt.data.fetch import AHEAD_BYTES
 from megagpt.data.order import Cursor, Packing, sequences
 from megagpt.data.pack import Sequences, open_sequences
 from megagpt.data.prefetch import Prefetched
+from megagpt.data.substitute import with_substitutes
 from megagpt.errors import UserError
 
 Row = tuple[Sequences, int]  # a sequence of a split, by its number
@@ -137,7 +138,7 @@ def train_steps(
 
     def steps() -> Iterator[list[Batch]]:
         consumed = cursor.consumed
-        shares = _ordered(cursor, _shares(consumed, global_batch, micro_batch, data_rank, data_ranks))
+        shares = _ordered(cursor, tables, _shares(consumed, global_batch, micro_batch, data_rank, data_ranks))
         if any(corpus.remote is not None for corpus in corpora):
             shares = _asked_ahead(shares, tables)
         for share in shares:
@@ -204,14 +205,16 @@ def _shares(
         consumed += size
 
 
-def _ordered(cursor: Cursor, shares: Iterator[np.ndarray]) -> Iterator[_Share]:
+def _ordered(cursor: Cursor, tables: Mapping[int, Sequences], shares: Iterator[np.ndarray]) -> Iterator[_Share]:
     """What lies at the positions of each step, ordered for many steps in one call."""
     for first in shares:
         ahead, size = [first], len(first)
         while size < _ORDER_AHEAD:
             ahead.append(next(shares))
             size += len(ahead[-1])
-        corpus, sequence = sequences(cursor, np.concatenate(ahead))
+        positions = np.concatenate(ahead)
+        corpus, sequence = sequences(cursor, positions)
+        sequence = with_substitutes(cursor, tables, positions, corpus, sequence)
         stop = 0
         for samples in ahead:
             start, stop = stop, stop + len(samples)

@@ -12,6 +12,7 @@ Shuffle.  P is a keyed permutation of [0, n) (shuffle.py), named "seed:fingerpri
           corpus's runs as wholes and shuffles inside windows of some runs, for shards that are fetched.
 Skips.    Positions count what is served. A skipped range of them is passed over from then on: the positions behind it
           move up, and what lay in it is never read. It counts as read where epochs are counted.
+Lost.     Blocks that are broken in their store (data.bad_block). What is read in place of them: substitute.py.
 Cost.     0.2-0.4 us a position in calls of thousands; a call costs about 1 ms, so callers ask for many.
 """
 
@@ -20,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import gcd
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -30,6 +31,7 @@ from megagpt.errors import UserError
 ALGORITHM = 1
 Packing = Literal["chunk", "best_fit"]
 _MOST_SKIPS = 64
+_MOST_LOST = 16  # a store that loses more is broken as a whole
 _LARGEST_WEIGHTS = 1 << 30  # 2 * W * W stays below 2**63
 
 
@@ -56,6 +58,15 @@ class Segment:
     weights: tuple[int, ...]
 
 
+class Lost(NamedTuple):
+    """A block that is broken: the tokens [first, stop) of a source's split are not read from position `since` on."""
+
+    since: int
+    source: int
+    first: int
+    stop: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class Cursor:
     """Where a run stands in its data: the whole state, equal on every rank, at most a few KB.
@@ -63,6 +74,7 @@ class Cursor:
     window       runs of a corpus that are shuffled together; None: all
     max_epochs   times that a corpus may be read; None: without end
     skipped      ranges [first, stop) of the stream, skipped positions counted, ascending and apart
+    lost         blocks that other sequences are read in place of, in the order in which they were found
     """
 
     algorithm: int
@@ -75,6 +87,7 @@ class Cursor:
     window: int | None = None
     max_epochs: int | None = None
     skipped: tuple[tuple[int, int], ...] = ()
+    lost: tuple[Lost, ...] = ()
 
     def advanced(self, sequences: int) -> Cursor:
         """The cursor after `sequences` more."""
@@ -127,6 +140,19 @@ class Cursor:
         whole = (min(first for first, _ in joined), max(stop for _, stop in joined))
         return replace(self, skipped=tuple(sorted([*apart, whole])))
 
+    def losing(self, source: int, first: int, stop: int) -> Cursor:
+        """The cursor that from here on reads other sequences in place of those with a token in [first, stop).
+
+        Raises UserError if the run has lost too many blocks already.
+        """
+        if len(self.lost) == _MOST_LOST:
+            raise UserError(
+                f"{_MOST_LOST} blocks of this run's corpora are broken already, and now one more: their store is not "
+                "to be trusted.",
+                "See events.jsonl for their names; copy those shards again from a whole corpus, and begin again.",
+            )
+        return replace(self, lost=(*self.lost, Lost(self.consumed, source, first, stop)))
+
     def passed(self, position: int) -> int:
         """Where a position lies in the stream with nothing skipped."""
         return int(_with_skipped(self.skipped, np.array([position]))[0])
@@ -161,6 +187,7 @@ class Cursor:
             "window": self.window,
             "max_epochs": self.max_epochs,
             "skipped": [list(bounds) for bounds in self.skipped],
+            "lost": [list(block) for block in self.lost],
         }
 
     @staticmethod
@@ -174,7 +201,8 @@ class Cursor:
         sources = tuple(Source(*source) for source in values["sources"])
         segments = tuple(Segment(int(start), tuple(weights)) for start, *weights in values["segments"])
         skipped = tuple((first, stop) for first, stop in values.get("skipped", ()))
-        return Cursor(**{**values, "sources": sources, "segments": segments, "skipped": skipped})
+        lost = tuple(Lost(*block) for block in values.get("lost", ()))
+        return Cursor(**{**values, "sources": sources, "segments": segments, "skipped": skipped, "lost": lost})
 
 
 def start(
@@ -198,10 +226,11 @@ def _widened(segment: Segment, sources: int) -> Segment:
     return Segment(segment.start, segment.weights + (0,) * (sources - len(segment.weights)))
 
 
-def sequences(cursor: Cursor, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def sequences(cursor: Cursor, positions: np.ndarray, *, later: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """(index into cursor.sources, sequence of that corpus) of each position: int64 arrays, pure.
 
-    Positions may lie anywhere from 0, before or after cursor.consumed. Raises ValueError below 0.
+    Positions may lie anywhere from 0, before or after cursor.consumed. Raises ValueError below 0. `later`: what the
+    same place of an epoch holds so many epochs later, instead.
     """
     positions = np.asarray(positions, dtype=np.int64)
     if positions.size and positions.min() < 0:
@@ -211,7 +240,9 @@ def sequences(cursor: Cursor, positions: np.ndarray) -> tuple[np.ndarray, np.nda
     for number, source in enumerate(cursor.sources):
         mine = np.flatnonzero(corpus == number)
         if len(mine):
-            sequence[mine] = _shuffled(cursor, source, *np.divmod(ordinal[mine], source.sequences))
+            sequence[mine] = _shuffled(
+                cursor, source, *np.divmod(ordinal[mine] + later * source.sequences, source.sequences)
+            )
     return corpus, sequence
 
 

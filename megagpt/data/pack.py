@@ -55,6 +55,10 @@ class Sequences(Protocol):
         """(position in the split, length) of the runs of tokens that the row holds."""
         ...
 
+    def holding(self, first: int, stop: int) -> np.ndarray:
+        """The sequences that have a token of the split's [first, stop)."""
+        ...
+
 
 class Chunks:
     """Packing `chunk`: documents end to end, cut at every multiple of T."""
@@ -80,6 +84,10 @@ class Chunks:
     def pieces(self, sequence: int) -> list[tuple[int, int]]:
         start = sequence * self.context
         return [(start, min(self.context + 1, self.split.tokens - start))]
+
+    def holding(self, first: int, stop: int) -> np.ndarray:
+        before = -(-first // self.context)  # sequences whose last target lies before `first`, and one more
+        return np.arange(max(0, before - 1), min(self.count, (stop - 1) // self.context + 1))
 
 
 class BestFit:
@@ -111,6 +119,11 @@ class BestFit:
     def pieces(self, sequence: int) -> list[tuple[int, int]]:
         pieces = slice(self._row_first[sequence], self._row_first[sequence + 1])
         return list(zip(self._piece_start[pieces], self._piece_length[pieces], strict=True))
+
+    def holding(self, first: int, stop: int) -> np.ndarray:
+        starts = np.asarray(self._piece_start)
+        pieces = np.flatnonzero((starts < stop) & (starts + self._piece_length > first))
+        return np.unique(np.searchsorted(self._row_first, pieces, "right") - 1)
 
 
 def open_sequences(corpus: Corpus, split: str, *, context: int, packing: Packing) -> Sequences:

@@ -28,14 +28,13 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 import numpy as np
-from webdataset.writer import TarWriter
 
 from megagpt.data.tables import mapped, read_table, sha256_of, table_bytes
 from megagpt.files import whole, write_whole
 
 BLOCK_TOKENS = 1 << 16
 _FORMAT = "megagpt index 1"
-_TAR_RECORD = 512
+_TAR_BLOCK = tarfile.BLOCKSIZE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,10 +74,8 @@ class ShardWriter:
         self.tokens = 0
         self._block: list[np.ndarray] = []
         self._block_size = 0
-        self._offset = 0
         self._blocks: list[_Block] = []
         self._tee = _Tee(file)
-        self._tar = TarWriter(cast(BinaryIO, self._tee), encoder=False, user="megagpt", group="megagpt", mtime=0)
 
     def add(self, document: np.ndarray) -> None:
         """Append a document, its end of text included."""
@@ -91,19 +88,21 @@ class ShardWriter:
     def _flush(self) -> None:
         lengths = np.array([len(document) for document in self._block], dtype="<u4")
         tokens = np.concatenate(self._block).astype(self.dtype, copy=False)
-        members = {"doclens.npy": _npy(lengths), "tokens.npy": _npy(tokens)}
-        self._tar.write({"__key__": f"{len(self._blocks):09d}", **members})
-        last = len(members["tokens.npy"])
-        ends = self._offset + sum(_TAR_RECORD + _padded(len(content)) for content in members.values())
-        payload = ends - _padded(last) + last - tokens.nbytes
-        self._blocks.append(_Block(payload, zlib.crc32(tokens.tobytes()), len(tokens), lengths))
-        self._offset = ends
+        payload = 0
+        for suffix, array in (("doclens", lengths), ("tokens", tokens)):
+            content = _npy(array)
+            self._tee.write(_header(f"{len(self._blocks):09d}.{suffix}.npy", len(content)))
+            self._tee.write(content)
+            payload = self._tee.size - array.nbytes
+            self._tee.write(bytes(-len(content) % _TAR_BLOCK))
+        self._blocks.append(_Block(payload, zlib.crc32(tokens.data), len(tokens), lengths))
         self._block, self._block_size = [], 0
 
     def finish(self) -> None:
         if self._block:
             self._flush()
-        self._tar.close()
+        self._tee.write(bytes(2 * _TAR_BLOCK))  # the end of a tar, which is whole records long
+        self._tee.write(bytes(-self._tee.size % tarfile.RECORDSIZE))
 
     def entry(self, folder: Path, name: str, split: str) -> ShardEntry:
         """Write the index of the finished tar, and describe both."""
@@ -137,8 +136,11 @@ def _npy(array: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _padded(size: int) -> int:
-    return -(-size // _TAR_RECORD) * _TAR_RECORD
+def _header(name: str, size: int) -> bytes:
+    """What stands before a member: the bytes of webdataset's TarWriter, whose import costs torch's."""
+    member = tarfile.TarInfo(name)
+    member.size, member.mode, member.uname, member.gname = size, 0o444, "megagpt", "megagpt"
+    return member.tobuf(tarfile.USTAR_FORMAT)
 
 
 @dataclass(frozen=True)

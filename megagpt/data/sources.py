@@ -6,9 +6,10 @@
 | .jsonl .ndjson, .json.gz, .json.zst (and .json named) | one a line: a string under a key            |
 | .tar, where it is named                               | one a sample (members.py)                   |
 | .txt .md .rst .py, and any other file that is named   | the whole file                              |
-Each but Parquet also as .gz or .zst. A folder is walked in sorted order, hidden names left out, and yields the kinds
-above; globs and single files are taken whatever their name. The input is cut into slices that can be read
-independently: some row groups, a range of bytes of an uncompressed JSONL file, or a whole file.
+Each but Parquet also as .gz or .zst. With leave to run commands, `pipe:COMMAND` is a tar that a command writes. A
+folder is walked in sorted order, hidden names left out, and yields the kinds above; globs and single files are taken
+whatever their name. The input is cut into slices that can be read independently: some row groups, a range of bytes of
+an uncompressed JSONL file, or a whole file.
 """
 
 from __future__ import annotations
@@ -26,14 +27,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megagpt.data.members import read_members
+from megagpt.data.members import PIPE, command_output, read_members
 from megagpt.errors import UserError
 
-Kind = Literal["parquet", "jsonl", "text", "tar"]
+Kind = Literal["parquet", "jsonl", "text", "tar", "command"]
 _COMPRESSED = (".gz", ".zst")
 _JSONL = (".jsonl", ".ndjson")
 _TEXT = (".txt", ".md", ".rst", ".py")
+_BOM = b"\xef\xbb\xbf"
 _EXPANSION = 4  # bytes of text that a byte of .gz or .zst holds, roughly: only for progress and balance
+_COMMAND_BYTES = 1 << 26  # of text that a command is taken to write: nothing tells
 _PARQUET_ROWS = 1024
 _INPUTS = "Name files, folders, or globs in quotes, such as 'corpus/**/*.jsonl.zst'."
 
@@ -62,8 +65,11 @@ class Document(NamedTuple):
     ids: np.ndarray | None = None
 
 
-def find_files(inputs: Sequence[str]) -> list[str]:
-    """Files that `inputs` (files, folders, globs) name, in order, each once. Raises UserError if one has none."""
+def find_files(inputs: Sequence[str], *, commands: bool = False) -> list[str]:
+    """Files that `inputs` (files, folders, globs) name, in order, each once. Raises UserError if one has none.
+
+    Where `commands` are allowed, a name such as `pipe:cat shard.tar` is taken as it is.
+    """
     if not inputs:
         raise UserError("no input is named.", _INPUTS)
     found: dict[str, None] = {}
@@ -73,6 +79,13 @@ def find_files(inputs: Sequence[str]) -> list[str]:
             rule = f"the folder {name} holds no .parquet, .jsonl, .txt, .md, .rst or .py file."
         elif Path(name).is_file():
             matches, rule = [name], ""
+        elif is_command(name):
+            if not commands:
+                raise UserError(
+                    f"{name} is a command, and commands are not run.",
+                    "If it comes from nobody but you, 'megagpt data convert --allow-commands' runs it.",
+                )
+            matches, rule = [name], ""
         else:
             found_names = glob.glob(name, recursive=True)  # noqa: PTH207 (Path.glob takes no absolute pattern)
             matches = sorted(path for path in found_names if Path(path).is_file())
@@ -81,6 +94,11 @@ def find_files(inputs: Sequence[str]) -> list[str]:
             raise UserError(rule, _INPUTS)
         found.update(dict.fromkeys(matches))
     return list(found)
+
+
+def is_command(path: str) -> bool:
+    """Whether the input is what a command writes; a file of such a name is a file."""
+    return path.startswith(PIPE) and not Path(path).exists()
 
 
 def _walk(folder: str) -> Iterator[str]:
@@ -120,11 +138,16 @@ def cut(files: Sequence[str], *, column: str, tasks: int, largest: int) -> list[
 
 
 def _estimated_bytes(path: str) -> int:
+    if is_command(path):
+        return _COMMAND_BYTES
     return Path(path).stat().st_size * (_EXPANSION if _uncompressed(path)[1] else 1)
 
 
 def _slices(path: str, *, column: str, size: int) -> Iterator[Slice]:
     stem, compressed = _uncompressed(path)
+    if is_command(path):
+        yield Slice(path, "command", 0, 0, _COMMAND_BYTES)
+        return
     if stem.endswith(".parquet"):
         yield from _parquet_slices(path, column=column, size=size)
         return
@@ -177,7 +200,8 @@ def read(piece: Slice, column: str, further: Sequence[str] = ()) -> Iterator[Doc
 
     Raises UserError, with file and line or row, for what is not UTF-8, not JSON, not a text, or cannot be read.
     """
-    readers = {"parquet": _read_parquet, "jsonl": _read_jsonl, "text": _read_text, "tar": _read_tar}
+    tar = {"tar": _read_tar, "command": _read_tar}
+    readers = {"parquet": _read_parquet, "jsonl": _read_jsonl, "text": _read_text, **tar}
     try:
         yield from readers[piece.kind](piece, column, further)
     except (pa.ArrowException, OSError) as error:
@@ -215,7 +239,7 @@ def _read_text(piece: Slice, _column: str, further: Sequence[str]) -> Iterator[D
     if further:
         raise UserError(f"{piece.path} is a text file and has no column '{further[0]}', which --where names.")
     with _open_stream(piece.path) as file:
-        content = file.read().removeprefix(b"\xef\xbb\xbf")
+        content = file.read().removeprefix(_BOM)
     try:
         yield Document(content.decode(), content, 0, {})
     except UnicodeDecodeError as error:
@@ -224,9 +248,10 @@ def _read_text(piece: Slice, _column: str, further: Sequence[str]) -> Iterator[D
 
 
 def _read_tar(piece: Slice, column: str, further: Sequence[str]) -> Iterator[Document]:
-    for member in read_members(piece.path, column, further):
-        content = member.text.encode() if member.ids is None else member.ids.astype("<u4").tobytes()
-        yield Document(member.text, content, member.number, member.record, member.ids)
+    with command_output(piece.path) if piece.kind == "command" else Path(piece.path).open("rb") as stream:
+        for member in read_members(stream, piece.path, column, further):
+            content = member.text.encode() if member.ids is None else member.ids.astype("<u4").tobytes()
+            yield Document(member.text, content, member.number, member.record, member.ids)
 
 
 def _open_stream(path: str) -> BinaryIO:
@@ -275,16 +300,16 @@ def _first_line(piece: Slice) -> int:
 
 def _parse(line: bytes, column: str, further: Sequence[str], row: int) -> Document | None:
     """The text of one line, None if the line is blank. Raises ValueError, worded to follow the line's number."""
+    if line.isspace():
+        return None
     try:
-        record: Any = json.loads(line.decode("utf-8-sig")) if line.strip() else None
+        record: Any = json.loads(line.removeprefix(_BOM).decode())
     except json.JSONDecodeError as error:
         raise ValueError(f"is not JSON: {error.msg} at column {error.colno}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"is not UTF-8: {error.reason} at byte {error.start + 1} of the line") from error
     except RecursionError as error:
         raise ValueError("is nested too deeply") from error
-    if not line.strip():
-        return None
     if not isinstance(record, dict):
         raise ValueError(f"is not a JSON object with a key '{column}'")
     if column not in record:

@@ -15,6 +15,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -78,7 +79,9 @@ class Job:
     end_of_text: int
     fast: bool = False
 
+    @cached_property
     def tokenizer(self) -> Tokenizer:
+        """Loaded once a process."""
         tokenizer = parse_tokenizer(self.definition, source="tokenizer.json", end_of_text=self.recipe.end_of_text)
         tokenizer = dataclasses.replace(tokenizer, end_of_text=self.end_of_text)
         return with_gigatoken(tokenizer, ()) if self.fast else tokenizer
@@ -97,13 +100,13 @@ class TaskResult:
 
 def is_heldout(utf8: bytes, share: float) -> bool:
     """Whether a document is kept out of training: by its content alone."""
-    return int.from_bytes(hashlib.sha256(utf8).digest()[:8], "big") < int(share * 2**64)
+    return share > 0 and int.from_bytes(hashlib.sha256(utf8).digest()[:8], "big") < int(share * 2**64)
 
 
 def run_task(job: Job, task: tuple[int, Sequence[Slice]], report: Report) -> None:
     """Tokenise one task's slices into its shards and mark it done. Reports bytes of text, as estimated."""
     number, slices = task
-    tokenizer = job.tokenizer()
+    tokenizer = job.tokenizer
     tallies = [_Tally() for _ in slices]
     with ExitStack() as stack:
         writers = {split: stack.enter_context(_SplitWriter(job, split, number, tokenizer.dtype())) for split in SPLITS}

@@ -57,7 +57,10 @@ class Tokenizer:
         The library's call for many texts would spread them over threads, which fight with the other processes.
         """
         if self.fast is not None and not any(name in text for name in self.added):
-            return np.append(self.fast(text), self.end_of_text).astype(self.dtype())
+            found = self.fast(text)
+            document = np.empty(len(found) + 1, dtype=self.dtype())
+            document[:-1], document[-1] = found, self.end_of_text
+            return document
         ids = self.model.encode_batch_fast([text], add_special_tokens=False)[0].ids
         ids.append(self.end_of_text)
         return np.array(ids, dtype=self.dtype())

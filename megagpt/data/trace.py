@@ -75,13 +75,18 @@ def tallies(corpus: Corpus) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _table(corpus: Corpus) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    sources, found = (json.loads(_content(corpus, name)) for name in ("sources.json", "statistics.json"))
+    return list(zip(sources, found, strict=True))
+
+
+def _content(corpus: Corpus, name: str) -> bytes:
+    if corpus.remote is not None:
+        return corpus.remote.store.read(name)
     try:
-        sources = json.loads((corpus.folder / "sources.json").read_bytes())
-        found = json.loads((corpus.folder / "statistics.json").read_bytes())
+        return (corpus.folder / name).read_bytes()
     except FileNotFoundError as error:
         rule = f"{corpus.folder} does not say where its documents came from: {error.filename} is missing."
         raise UserError(rule, "Build it again, in another folder.") from error
-    return list(zip(sources, found, strict=True))
 
 
 def _origins_in_task(
@@ -90,7 +95,7 @@ def _origins_in_task(
     """Of training documents at some places in a task, where they came from: each slice at hand is read until then."""
     if not places:
         return
-    if not all(Path(piece.path).is_file() for piece in slices):
+    if not all(piece.kind != "command" and Path(piece.path).is_file() for piece in slices):
         stops = np.cumsum(counts).tolist()
         yield from ((place, Origin(slices[bisect_right(stops, place)].path, None)) for place in places)
         return

@@ -19,6 +19,7 @@ from megagpt.errors import RunFailure
 from megagpt.heal.attempts import Beat, put_aside, read_beats
 from megagpt.heal.clock import Clock
 from megagpt.heal.health import SKIP_WINDOW, Health
+from megagpt.heal.stores import StoreTimes
 from megagpt.heal.stragglers import OwnTimes
 from megagpt.heal.watchdog import Watchdog
 from megagpt.mesh import Mesh
@@ -97,7 +98,7 @@ class Healer:
         self._journal, self._clock = journal, clock
         self._health = Health(run.heal, progress.health, fp16=run.train.precision == "fp16")
         self._health.skipped_before(_skipped_after(progress.step, journal, fp16=run.train.precision == "fp16"))
-        self._times = OwnTimes()
+        self._times, self._stores = OwnTimes(), StoreTimes(corpora)
 
     def examine(self, done: Step, progress: Progress) -> Progress | None:
         """Look at the step that was just done; where the run stands now if it went back, else None.
@@ -147,7 +148,9 @@ class Healer:
         return back
 
     def compare_ranks(self, engine: Engine, progress: Progress, waited: float) -> None:
-        """Note this rank's own time for a step; every report.every steps, tell of ranks that are much slower."""
+        """Note this rank's own time for a step; every report.every steps, tell of ranks that are much slower, and of
+        stores that are in trouble.
+        """
         self._times.add(engine.forward_seconds() + waited)
         if progress.step % self._run.report.every:
             return
@@ -159,3 +162,5 @@ class Healer:
                 cause=f"{slow.seconds:.3f} s of its own a step, {slow.score:.2f} times its peers'",
                 action="reported",
             )
+        for trouble in self._stores.compare():
+            self._journal.event("store", step=progress.step, rank=None, **dataclasses.asdict(trouble))

@@ -106,7 +106,7 @@ def test_a_broken_tar_a_compressed_one_and_other_files_are_refused(tokenizer: To
         sources.cut([str(tmp_path / "b.tar.gz")], column="text", tasks=1, largest=1000)
 
 
-def test_a_name_that_begins_with_pipe_is_a_file_and_never_a_command(
+def test_a_name_that_begins_with_pipe_is_a_file_and_otherwise_refused(
     tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -124,6 +124,49 @@ def test_a_name_that_begins_with_pipe_is_a_file_and_never_a_command(
     )
     assert not (tmp_path / "forged").exists()
     assert open_corpus(tmp_path / "out").manifest.counts["train"].documents == 9
-    with pytest.raises(UserError, match="no file matches 'pipe:touch forged'"):
+    with pytest.raises(UserError, match="pipe:touch forged is a command, and commands are not run"):
         run_convert(Convert(tars=("pipe:touch forged",), out=tmp_path / "x", tokenizer=tmp_path / "tokenizer.json"))
     assert not (tmp_path / "forged").exists()
+
+
+def test_what_a_command_writes_is_the_same_corpus_where_commands_are_allowed(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    write(tmp_path / "a b.tar", [{"txt": text} for text in texts(1, 9)])
+    manifests = []
+    for out, tar in (("file", str(tmp_path / "a b.tar")), ("command", f"pipe:cat '{tmp_path}/a b.tar'")):
+        options = Convert(
+            tars=(tar,),
+            out=tmp_path / out,
+            tokenizer=tmp_path / "tokenizer.json",
+            processes=1,
+            allow_commands=True,
+            json=True,
+        )
+        run_convert(options)
+        run_convert(options)  # a finished one is left as it is
+        manifests.append(open_corpus(tmp_path / out).manifest)
+    assert manifests[0].shards == manifests[1].shards
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("pipe:false", "the command of pipe:false ended with status 1"),
+        ("pipe:no-such-command", "the command of pipe:no-such-command cannot be run: .*No such file"),
+        ("pipe:cat 'a.tar", "cannot be run: No closing quotation"),
+        ("pipe:", "the command of pipe: cannot be run"),
+        ("pipe:echo not a tar; touch forged", "cannot be read at the sample 'its beginning'"),
+    ],
+)
+def test_a_command_that_fails_leaves_no_corpus(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = Convert(
+        tars=(command,), out=tmp_path / "out", tokenizer=tmp_path / "tokenizer.json", processes=1, allow_commands=True
+    )
+    with pytest.raises(UserError, match=message):
+        run_convert(options)
+    assert not (tmp_path / "out/manifest.json").exists()
+    assert not (tmp_path / "forged").exists()  # no shell was asked

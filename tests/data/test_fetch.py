@@ -17,8 +17,9 @@ from megagpt.data.corpus import Corpus, open_corpus, verify_remote
 from megagpt.data.loader import train_steps
 from megagpt.data.store import Patience, Store, Unreachable
 from megagpt.errors import UserError
+from megagpt.heal.stores import StoreTimes
 from tests.data.conftest import MakeCorpus, random_documents
-from tests.data.stores import Faults, proxy, s3_server, upload, use_server
+from tests.data.stores import Faults, allow_anyone, proxy, s3_server, upload, use_server
 
 T = 16
 MODES = ("shards", "blocks")
@@ -77,6 +78,38 @@ def test_a_corpus_in_a_store_gives_the_batches_of_the_same_corpus_in_a_folder(
     assert remote.fingerprint == local.fingerprint
     assert remote.name == "corpus"
     assert same(read(remote, 100, packing), read(local, 100, packing))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_corpus_behind_plain_http_is_read_by_ranges_whatever_the_network_does(
+    local: Corpus, port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    monkeypatch.setattr("megagpt.data.corpus.Patience", partial(Patience, first_pause=0.002, longest_pause=0.02))
+    allow_anyone(port, "bucket")
+    faults = Faults(share=0.8, most=60)
+    with proxy(port, faults) as endpoint:
+        remote = open_corpus(f"{endpoint}/bucket/corpus", settings(tmp_path, mode))
+        assert same(read(remote, 100), read(local, 100))
+        with pytest.raises(UserError, match=r"there is no http://.*/bucket/elsewhere/manifest\.json"):
+            open_corpus(f"{endpoint}/bucket/elsewhere", settings(tmp_path))
+    assert set(faults.injected) == {"truncate", "flip", "reset", "error"}
+
+
+def test_stores_in_trouble_are_told_of_once_and_others_never(local: Corpus, tmp_path: Path) -> None:
+    remote = open_corpus(f"file://{local.folder}", settings(tmp_path))
+    assert remote.remote is not None
+    assert StoreTimes([local]).compare() == []
+    times, traffic, cache = StoreTimes([local, remote]), remote.remote.store.traffic, remote.remote.cache
+    traffic.reads, traffic.retries, traffic.hedged = traffic.reads + 400, 10, 10
+    assert times.compare() == []  # an everyday network
+    traffic.reads, traffic.retries, traffic.hedged, cache.faults = traffic.reads + 400, 21, 2021, 2
+    (trouble,) = times.compare()
+    words = (
+        "downloads that failed their check: 2, 11 tries of 400 reads failed, 2,011 of 400 reads had no answer in 4 s"
+    )
+    assert (trouble.corpus, trouble.cause) == (f"file://{local.folder}", words)
+    assert trouble.action == f"fetched again; what was broken lies in {tmp_path}/cache/files, as *.bad"
+    assert times.compare() == []
 
 
 @pytest.mark.parametrize(("mode", "wanted"), [("shards", 100), ("blocks", 900)])

@@ -41,6 +41,20 @@ def test_stock_webdataset_reads_the_same_tokens(tmp_path: Path, dtype: str) -> N
     assert lengths.tolist() == [len(document) for document in DOCUMENTS]
 
 
+def test_the_tar_has_the_bytes_of_webdatasets_own_writer(tmp_path: Path) -> None:
+    tar = tmp_path / f"{write(tmp_path).name}.tar"
+    samples: dict[str, dict[str, bytes]] = {}
+    with tarfile.open(tar) as archive:
+        for member in archive:
+            key, _, suffix = member.name.partition(".")
+            samples.setdefault(key, {})[suffix] = archive.extractfile(member).read()  # type: ignore[union-attr]
+    theirs = io.BytesIO()
+    with TarWriter(theirs, encoder=False, user="megagpt", group="megagpt", mtime=0) as writer:
+        for key, members in samples.items():
+            writer.write({"__key__": key, **members})
+    assert tar.read_bytes() == theirs.getvalue()
+
+
 def test_a_block_holds_whole_documents_and_a_longer_one_has_its_own(tmp_path: Path) -> None:
     entry = write(tmp_path)
     with tarfile.open(tmp_path / f"{entry.name}.tar") as archive:

@@ -143,8 +143,8 @@ def test_a_recorded_step_is_read_from_the_metrics(make_run: MakeRun) -> None:
     records = [{"step": 7, "tokens": 90 * T, "batch": 12}, {"step": 7, "tokens": 80 * T, "batch": 4}]
     (out / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     run, cursor, _ = tools.open_run(out)
-    assert tools.rows_of_step(out, run, cursor, 7, None).samples.tolist() == [76, 77, 78, 79]
-    assert tools.rows_of_step(out, run, cursor, 2, 2).samples.tolist() == [10, 11]
+    assert tools.rows_of_step(out, run, cursor, [], step=7, data_rank=None).samples.tolist() == [76, 77, 78, 79]
+    assert tools.rows_of_step(out, run, cursor, [], step=2, data_rank=2).samples.tolist() == [10, 11]
 
 
 def test_steps_and_ranks_that_are_none_are_refused(make_run: MakeRun) -> None:
