@@ -2,13 +2,16 @@
 
     scenes   megagpt launch drill with the quickstart preset, shrunk: from the fault to its notice, to the new start of
              the ranks, to the next new step
-    stops    one run that is told again and again, by the signal that SLURM sends before a time limit, to save and
-             come back: how many of the saves were of the last step that was done, and how long each took
+    stops    two runs of the same seed at once, on two nodes each, that come back to be stopped again, half of the
+             times each: one by jobs that preempt it, at random moments, one by a limit of a minute, whose signal SLURM
+             sends at its own look at the clock, every half minute. How many stops saved the last step that was done
+             before the grace time was over, how long they took, and whether both runs have the same losses
 
-    python benchmarks/launch_drill.py [--stops 10] [--out benchmarks/results/launch_drill.json]
+    python benchmarks/launch_drill.py [--parts scenes stops] [--stops 50] [--out benchmarks/results/launch_drill.json]
 
-Needs root and Debian's slurm-wlm, munge and iproute2. The ranks of all virtual nodes share this machine's cores, so
-the start of a process weighs more here than on a cluster, and the network less.
+A part that is not played keeps its place in the file. Needs root and Debian's slurm-wlm, munge and iproute2. The ranks
+of all virtual nodes share this machine's cores, so the start of a process weighs more here than on a cluster, and the
+network less.
 """
 
 from __future__ import annotations
@@ -18,67 +21,138 @@ import dataclasses
 import json
 import os
 import platform
+import random
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from megagpt import config
+from megagpt import config, stop
 from megagpt.launch import local_slurm, local_slurm_conf
-from megagpt.launch.drill import ALL, EVERY, STEPS, base_launch, play, with_corpora
-from megagpt.launch.rehearsal import launch_of, submit
+from megagpt.launch.drill import ALL, EVERY, SIGNAL_SECONDS, STEPS, base_launch, play, with_corpora
+from megagpt.launch.history import newest_commit
+from megagpt.launch.rehearsal import Rehearsal, launch_of, submit
+from megagpt.launch.scenes import preempt
 from megagpt.launch.shrink import shrink
+from megagpt.outcome import Cause
+
+PARTS = ("scenes", "stops")
+MOST_WAIT_SECONDS = 4.0
+"""Between the first new step and a preemption."""
+
+
+@dataclasses.dataclass
+class Stops:
+    """The stops of one run by one cause."""
+
+    cause: Cause
+    grace_seconds: float
+    asked: int = 0
+    saved_in_time: int = 0
+    before_the_first_step: int = 0
+    """Stops that met a job still starting: there was nothing to save, and they count for nothing."""
+    seconds: list[float] = dataclasses.field(default_factory=list)
+    """From the preempting job, or from SLURM's signal, to the end of all ranks."""
 
 
 def stops(run: config.Run, folder: Path, count: int) -> dict[str, Any]:
-    """Stop and continue one run `count` times; what was saved, and how soon."""
-    saved, seconds = 0, []
+    """Stop and continue two runs, `count` times in all."""
     base = base_launch(folder)
-    retries = dataclasses.replace(base.retries, requeues=count + 1)
+    retries = dataclasses.replace(base.retries, requeues=100 * count)
+    base = dataclasses.replace(base, retries=retries, cluster=dataclasses.replace(base.cluster, spares=0))
+    short = dataclasses.replace(base, cluster=dataclasses.replace(base.cluster, time="1"))
     with local_slurm.cluster() as slurm:
-        launch = launch_of(run, folder / "stops", base=dataclasses.replace(base, retries=retries))
-        rehearsal = submit(slurm, launch, run)
-        for stop in range(count):
-            done = len(rehearsal.steps())
-            rehearsal.wait(lambda done=done: len(rehearsal.steps()) > done + 2, "progress")
+        preempted = submit(slurm, launch_of(run, folder / "preempted", base=base), run)
+        limited = submit(slurm, launch_of(run, folder / "limited", base=short), run)
+        grace = slurm.shape.grace_seconds
+        with ThreadPoolExecutor() as pool:
+            each = [
+                pool.submit(_stop, preempted, Stops("preempted", grace), count // 2),
+                pool.submit(_stop, limited, Stops("time_limit", SIGNAL_SECONDS), count - count // 2),
+            ]
+            found = [dataclasses.asdict(one.result()) for one in each]
+    first, second = preempted.losses(), limited.losses()
+    common = min(len(first), len(second))
+    return {
+        "by_cause": found,
+        "steps_in_common": common,
+        "losses_equal_bit_for_bit": first[:common] == second[:common],
+    }
+
+
+def _stop(rehearsal: Rehearsal, found: Stops, count: int) -> Stops:
+    """Stop a run `count` times, and leave it stopped."""
+    rng = random.Random(count)
+    while found.asked < count:
+        number, done = len(rehearsal.outcomes()), rehearsal.done()
+
+        def over(number: int = number) -> bool:
+            return len(rehearsal.outcomes()) > number
+
+        rehearsal.wait(lambda done=done, over=over: rehearsal.done() > done or over(), "progress")
+        if found.cause == "preempted":
+            time.sleep(rng.uniform(0.0, MOST_WAIT_SECONDS))
             told = time.time()
-            slurm.run("scancel", "--signal=USR1", "--batch", rehearsal.jobs[-1])
-            rehearsal.wait(lambda stop=stop: len(rehearsal.outcomes()) > stop, "the outcome")
-            ended = rehearsal.outcomes()[stop]
-            saved += ended.cause == "time_limit" and ended.step == len(rehearsal.steps())
-            seconds.append(round(ended.time - told, 2))
-            rehearsal.wait(lambda stop=stop: len(rehearsal.attempts()) > stop + 1, "the next attempt")
-        slurm.run("scancel", rehearsal.jobs[-1])
-    return {"asked": count, "saved_the_last_step": saved, "seconds_to_saved": seconds}
+            preempt(rehearsal.slurm, rehearsal.nodes())
+        else:
+            told = rehearsal.wait(lambda over=over: stop.asked(rehearsal.out) or over(), "the signal")
+        rehearsal.wait(over, "the outcome")
+        ended, steps = rehearsal.outcomes()[number], rehearsal.done()
+        if steps == done:
+            found.before_the_first_step += 1
+            continue
+        found.asked += 1
+        found.seconds.append(round(ended.time - told, 2))
+        saved = ended.cause == found.cause and ended.step == steps == newest_commit(rehearsal.out)
+        found.saved_in_time += saved and ended.time - told < found.grace_seconds
+        print(f"{found.cause} {found.asked}: {ended}, {ended.time - told:.2f} s", file=sys.stderr, flush=True)
+    rehearsal.slurm.run("scancel", rehearsal.jobs[-1])
+    return found
+
+
+def scenes(run: config.Run, folder: Path) -> dict[str, Any]:
+    """Every scene of the drill."""
+    return {"verdicts": [dataclasses.asdict(verdict) for verdict in play(run, base_launch(folder), ALL)]}
+
+
+def _passed(part: str, found: dict[str, Any]) -> bool:
+    if part == "scenes":
+        return all(verdict["passed"] for verdict in found["verdicts"])
+    return found["losses_equal_bit_for_bit"] and all(one["asked"] == one["saved_in_time"] for one in found["by_cause"])
 
 
 def main() -> int:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--stops", type=int, default=10)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--stops", type=int, default=50)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    known = json.loads(options.out.read_text()) if options.out and options.out.exists() else {}
     with tempfile.TemporaryDirectory(prefix="megagpt-drill-") as name:
         folder = Path(name)
-        load, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
         run = with_corpora(shrink(config.load("quickstart"), steps=STEPS, every=EVERY), folder)
-        verdicts = play(run, folder, ALL)
-        endless = dataclasses.replace(run, train=dataclasses.replace(run.train, steps=100_000, tokens=10**9))
-        found = {
-            "what": "faults of a launched run on a throw-away SLURM of 4 virtual nodes",
-            "command": " ".join(sys.argv),
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "machine": f"{platform.machine()}, {cores} cores, Python {platform.python_version()}",
-            "slurm": ".".join(map(str, local_slurm_conf.version())),
-            "load_before": round(load, 1),
-            "scenes": [dataclasses.asdict(verdict) for verdict in verdicts],
-            "stops": stops(endless, folder, options.stops),
-        }
-    print(json.dumps(found["stops"], indent=1))
+        endless = dataclasses.replace(run, train=dataclasses.replace(run.train, steps=1_000_000, tokens=10**9))
+        play_part = {"scenes": lambda: scenes(run, folder), "stops": lambda: stops(endless, folder, options.stops)}
+        for part in options.parts:
+            stamp = {
+                "command": " ".join(sys.argv),
+                "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                "load_before": round(os.getloadavg()[0], 1),
+            }
+            known[part] = {**stamp, **play_part[part]()}
+    found = {
+        "what": "faults of a launched run on a throw-away SLURM of 4 virtual nodes",
+        "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, Python {platform.python_version()}",
+        "slurm": ".".join(map(str, local_slurm_conf.version())),
+        **{part: known[part] for part in PARTS if part in known},
+    }
+    print(json.dumps({part: found[part] for part in options.parts}, indent=1))
     if options.out:
         options.out.write_text(json.dumps(found, indent=1) + "\n")
-    return int(not all(verdict.passed for verdict in verdicts))
+    return int(not all(_passed(part, found[part]) for part in options.parts))
 
 
 if __name__ == "__main__":

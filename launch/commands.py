@@ -16,7 +16,7 @@ import megagpt
 from megagpt import config
 from megagpt.checks import checked, costs_of
 from megagpt.errors import UserError
-from megagpt.launch import hostfile, kubernetes, slurm, submit, torchrun
+from megagpt.launch import hostfile, kubernetes, slurm, submit, sweeps, torchrun
 from megagpt.launch.layout import fill_layout
 from megagpt.launch.profiles import load_cluster
 from megagpt.launch.spec import Kind, Launch, Retries, interpreter, to_json
@@ -136,7 +136,7 @@ def run_launch(options: LaunchRun, *, kind: Kind, preset: str) -> int:
         files[launch.launch_folder() / "launch.json"] = to_json(launch)
     out = options.out.absolute()
     if kind == "slurm" and options.sweep:
-        text, script = slurm.sweep_script(launches, out=out, layout=layouts[0]), out / "launch" / "sweep.sh"
+        text, script = slurm.sweep_script(launches, out=out, layout=layouts[0]), out / "launch" / sweeps.SCRIPT
     else:
         text, script = render(launches[0], layout=layouts[0]), out / "launch" / FILES.get(kind, "job.sh")
     if options.dry_run:
@@ -277,7 +277,7 @@ def _hand_over(launches: Sequence[Launch], script: Path, *, chain: int) -> int:
         jobs = submit.submit_slurm(script, chain=chain)
         for place, launch in enumerate(launches):
             for job in jobs:
-                submit.record(launch, f"{job}_{place}" if len(launches) > 1 else job)
+                submit.record(launch, f"{job}_{place}" if script.name == sweeps.SCRIPT else job)
             print(f"{launch.out}: job {' '.join(jobs)}. megagpt launch status {launch.out}")
         return 0
     submit.record(first, "")

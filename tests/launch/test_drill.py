@@ -14,7 +14,7 @@ import pytest
 from megagpt import config
 from megagpt.checks import checked
 from megagpt.launch import local_slurm
-from megagpt.launch.drill import ALL, EVERY, STEPS, play
+from megagpt.launch.drill import ALL, EVERY, STEPS, base_launch, play
 from megagpt.launch.shrink import VOCABULARY, shrink
 
 LACKING = local_slurm.missing()
@@ -53,7 +53,7 @@ def rehearsed(corpora: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_pat
 @pytest.mark.slurm
 @needs_slurm
 def test_a_job_on_a_real_slurm_survives_the_death_of_a_rank_bit_for_bit(rehearsed, tmp_path):
-    verdicts = play(rehearsed, tmp_path / "drill", ("rank_kill",))
+    verdicts = play(rehearsed, base_launch(tmp_path / "drill"), ("rank_kill",))
     assert [(verdict.scene, verdict.passed, verdict.finding) for verdict in verdicts] == [
         ("submit", True, "40 steps"),
         ("rank_kill", True, "rank lost, then bit for bit"),
@@ -87,6 +87,6 @@ with cluster(Shape(nodes=2)) as slurm:
 @needs_slurm
 def test_every_scene_of_the_drill_passes(rehearsed, tmp_path):
     run = shrink(config.load("quickstart"), steps=STEPS, every=EVERY)
-    verdicts = play(dataclasses.replace(run, data=rehearsed.data), tmp_path / "drill", ALL)
+    verdicts = play(dataclasses.replace(run, data=rehearsed.data), base_launch(tmp_path / "drill"), ALL)
     print(json.dumps([dataclasses.asdict(verdict) for verdict in verdicts], indent=1))
     assert [verdict.scene for verdict in verdicts if not verdict.passed] == []

@@ -9,6 +9,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
+from kubeflow_trainer_api.models.jobset_v1alpha2_job_set import JobsetV1alpha2JobSet
 
 from megagpt import cli, config
 from megagpt.errors import UserError
@@ -91,8 +93,17 @@ def test_values_of_any_kind_reach_the_process_that_a_script_starts(tmp_path):
     assert "LINES" not in slurm.batch_script(launch, layout=LAYOUT)
 
 
+def test_the_manifest_fits_the_schema_of_jobset_and_of_the_pods_in_it():
+    manifest = yaml.safe_load(TEXTS["jobset.yaml"])
+    assert (
+        JobsetV1alpha2JobSet.from_dict(manifest).to_dict() == manifest
+    )  # a field it does not know is lost on the way
+    manifest["spec"]["replicatedJobs"][0]["template"]["spec"]["backoffLimit"] = "0"
+    with pytest.raises(ValueError, match="backoffLimit"):
+        JobsetV1alpha2JobSet.from_dict(manifest)
+
+
 def test_the_manifest_says_what_jobset_asks_for():
-    yaml = pytest.importorskip("yaml")
     manifest = yaml.safe_load(TEXTS["jobset.yaml"])
     assert (manifest["apiVersion"], manifest["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
     (group,) = manifest["spec"]["replicatedJobs"]
