@@ -2,10 +2,10 @@
 
     scenes   megagpt launch drill with the quickstart preset, shrunk: from the fault to its notice, to the new start of
              the ranks, to the next new step
-    stops    two runs of the same seed at once, on two nodes each, that come back to be stopped again, half of the
-             times each: one by jobs that preempt it, at random moments, one by a limit of a minute, whose signal SLURM
-             sends at its own look at the clock, every half minute. How many stops saved the last step that was done
-             before the grace time was over, how long they took, and whether both runs have the same losses
+    stops    three runs of the same seed at once, on two nodes each, that come back to be stopped again: one by jobs
+             that preempt it, two by time limits that are cut to a minute or two, whose signal SLURM sends at its own
+             look at the clock, every half minute. All at random moments. How many stops saved the last step that was
+             done before the grace time was over, how long they took, and whether all runs have the same losses
 
     python benchmarks/launch_drill.py [--parts scenes stops] [--stops 50] [--out benchmarks/results/launch_drill.json]
 
@@ -32,16 +32,23 @@ from typing import Any
 
 from megagpt import config, stop
 from megagpt.launch import local_slurm, local_slurm_conf
-from megagpt.launch.drill import ALL, EVERY, SIGNAL_SECONDS, STEPS, base_launch, play, with_corpora
+from megagpt.launch.drill import ALL, EVERY, STEPS, base_launch, play, with_corpora
 from megagpt.launch.history import newest_commit
+from megagpt.launch.refusals import time_seconds
 from megagpt.launch.rehearsal import Rehearsal, launch_of, submit
 from megagpt.launch.scenes import preempt
 from megagpt.launch.shrink import shrink
 from megagpt.outcome import Cause
 
 PARTS = ("scenes", "stops")
+LONG = "60"
+"""Minutes of a limit that is not to be met."""
 MOST_WAIT_SECONDS = 4.0
-"""Between the first new step and a preemption."""
+"""Between the first new step and the word to stop."""
+WARNING_SECONDS = 90
+"""Before the limit, SLURM's signal is due; as it looks twice a minute, it comes at its next look after the cut."""
+GRACE_SECONDS = 30.0
+"""For a preempted job, by the cluster's settings; for the others at least, between the signal and the limit."""
 
 
 @dataclasses.dataclass
@@ -49,68 +56,75 @@ class Stops:
     """The stops of one run by one cause."""
 
     cause: Cause
-    grace_seconds: float
     asked: int = 0
     saved_in_time: int = 0
-    before_the_first_step: int = 0
-    """Stops that met a job still starting: there was nothing to save, and they count for nothing."""
     seconds: list[float] = dataclasses.field(default_factory=list)
     """From the preempting job, or from SLURM's signal, to the end of all ranks."""
 
 
 def stops(run: config.Run, folder: Path, count: int) -> dict[str, Any]:
-    """Stop and continue two runs, `count` times in all."""
+    """Stop and continue three runs, `count` times in all."""
     base = base_launch(folder)
-    retries = dataclasses.replace(base.retries, requeues=100 * count)
-    base = dataclasses.replace(base, retries=retries, cluster=dataclasses.replace(base.cluster, spares=0))
-    short = dataclasses.replace(base, cluster=dataclasses.replace(base.cluster, time="1"))
-    with local_slurm.cluster() as slurm:
-        preempted = submit(slurm, launch_of(run, folder / "preempted", base=base), run)
-        limited = submit(slurm, launch_of(run, folder / "limited", base=short), run)
-        grace = slurm.shape.grace_seconds
+    cluster = dataclasses.replace(base.cluster, spares=0, time=LONG, signal_seconds=WARNING_SECONDS)
+    base = dataclasses.replace(base, retries=dataclasses.replace(base.retries, requeues=count), cluster=cluster)
+    times: dict[str, tuple[Cause, int]] = {
+        "preempted": ("preempted", count // 2),
+        "limited": ("time_limit", (count - count // 2 + 1) // 2),
+        "limited_too": ("time_limit", (count - count // 2) // 2),
+    }
+    with local_slurm.cluster(local_slurm.Shape(nodes=6, grace_seconds=int(GRACE_SECONDS))) as slurm:
+        runs = {name: submit(slurm, launch_of(run, folder / name, base=base), run) for name in times}
         with ThreadPoolExecutor() as pool:
-            each = [
-                pool.submit(_stop, preempted, Stops("preempted", grace), count // 2),
-                pool.submit(_stop, limited, Stops("time_limit", SIGNAL_SECONDS), count - count // 2),
-            ]
+            each = [pool.submit(_stop, runs[name], Stops(cause), number) for name, (cause, number) in times.items()]
             found = [dataclasses.asdict(one.result()) for one in each]
-    first, second = preempted.losses(), limited.losses()
-    common = min(len(first), len(second))
+    losses = [one.losses() for one in runs.values()]
+    common = min(map(len, losses))
     return {
-        "by_cause": found,
+        "grace_seconds": GRACE_SECONDS,
+        "runs": found,
         "steps_in_common": common,
-        "losses_equal_bit_for_bit": first[:common] == second[:common],
+        "losses_equal_bit_for_bit": all(one[:common] == losses[0][:common] for one in losses),
     }
 
 
 def _stop(rehearsal: Rehearsal, found: Stops, count: int) -> Stops:
     """Stop a run `count` times, and leave it stopped."""
-    rng = random.Random(count)
+    rng = random.Random(rehearsal.out.name)
     while found.asked < count:
         number, done = len(rehearsal.outcomes()), rehearsal.done()
 
         def over(number: int = number) -> bool:
             return len(rehearsal.outcomes()) > number
 
-        rehearsal.wait(lambda done=done, over=over: rehearsal.done() > done or over(), "progress")
+        rehearsal.wait(lambda done=done: rehearsal.done() > done, "progress")
+        time.sleep(rng.uniform(0.0, MOST_WAIT_SECONDS))
         if found.cause == "preempted":
-            time.sleep(rng.uniform(0.0, MOST_WAIT_SECONDS))
             told = time.time()
             preempt(rehearsal.slurm, rehearsal.nodes())
         else:
+            _limit(rehearsal, str(int(_run_seconds(rehearsal)) // 60 + 2))
             told = rehearsal.wait(lambda over=over: stop.asked(rehearsal.out) or over(), "the signal")
         rehearsal.wait(over, "the outcome")
         ended, steps = rehearsal.outcomes()[number], rehearsal.done()
-        if steps == done:
-            found.before_the_first_step += 1
-            continue
         found.asked += 1
         found.seconds.append(round(ended.time - told, 2))
         saved = ended.cause == found.cause and ended.step == steps == newest_commit(rehearsal.out)
-        found.saved_in_time += saved and ended.time - told < found.grace_seconds
+        found.saved_in_time += saved and ended.time - told < GRACE_SECONDS
         print(f"{found.cause} {found.asked}: {ended}, {ended.time - told:.2f} s", file=sys.stderr, flush=True)
+        if found.cause == "time_limit":
+            rehearsal.wait(lambda: rehearsal.state() == "PENDING", "the requeue")
+            _limit(rehearsal, LONG)
     rehearsal.slurm.run("scancel", rehearsal.jobs[-1])
     return found
+
+
+def _limit(rehearsal: Rehearsal, minutes: str) -> None:
+    rehearsal.slurm.run("scontrol", "update", f"JobId={rehearsal.jobs[-1]}", f"TimeLimit={minutes}")
+
+
+def _run_seconds(rehearsal: Rehearsal) -> float:
+    """How long the job has run, as SLURM counts it."""
+    return time_seconds(rehearsal.slurm.run("squeue", "--noheader", "--format=%M", f"--jobs={rehearsal.jobs[-1]}"))
 
 
 def scenes(run: config.Run, folder: Path) -> dict[str, Any]:
@@ -121,7 +135,7 @@ def scenes(run: config.Run, folder: Path) -> dict[str, Any]:
 def _passed(part: str, found: dict[str, Any]) -> bool:
     if part == "scenes":
         return all(verdict["passed"] for verdict in found["verdicts"])
-    return found["losses_equal_bit_for_bit"] and all(one["asked"] == one["saved_in_time"] for one in found["by_cause"])
+    return found["losses_equal_bit_for_bit"] and all(one["asked"] == one["saved_in_time"] for one in found["runs"])
 
 
 def main() -> int:

@@ -28,7 +28,7 @@ from megagpt.launch.shrink import VOCABULARY, shrink
 from megagpt.launch.spec import Cluster, Launch, Retries, interpreter
 from megagpt.launch.verdicts import Verdict
 
-STEPS, EVERY = 60, 10
+STEPS, REAL_STEPS, EVERY = 60, 600, 10
 SIGNAL_SECONDS = 30
 ALL = ("submit", *(scene.name for scene in SCENES), "bad_node")
 ANYWHERE = ("submit", *(scene.name for scene in ELSEWHERE))
@@ -43,8 +43,8 @@ class Drill:
     """Which; none named: all that the cluster allows. The first, an undisturbed run, is always played."""
     cluster: str = LOCAL
     """local: a throw-away SLURM. Else the profile, as for launch slurm, of the one that this machine submits to."""
-    steps: int = STEPS
-    """Steps of each rehearsed run."""
+    steps: int | None = None
+    """Steps of each rehearsed run. Unset: 60, or 600 on a real cluster, where a blow takes seconds to be dealt."""
     out: Path | None = None
     """Folder to keep the rehearsed runs in; a real cluster needs one that all nodes see. Unset: they are deleted."""
     json: bool = False
@@ -53,7 +53,8 @@ class Drill:
 
 def run_drill(options: Drill, *, preset: str = "quickstart") -> int:
     """Play the scenes; 0 if all passed. Raises UserError for what cannot be played."""
-    run = shrink(config.load(preset), steps=options.steps, every=EVERY)
+    usual = STEPS if options.cluster == LOCAL else REAL_STEPS
+    run = shrink(config.load(preset), steps=options.steps or usual, every=EVERY)
     names = _chosen(options)
     with tempfile.TemporaryDirectory(prefix="megagpt-drill-") as name:
         folder = options.out.absolute() if options.out else Path(name)

@@ -15,7 +15,7 @@ from megagpt.launch.rehearsal import Rehearsal, Slurm, launch_of, submit
 from megagpt.launch.scenes import SLOW_WIRE, Scene
 from megagpt.launch.spec import Launch
 
-STRIKE_AFTER = 25
+STRIKE_AFTER = 15
 Losses = list[tuple[int, float, float]]
 
 
