@@ -154,12 +154,13 @@ def run(launch: Launch) -> int:
             for number, handler in previous.items():
                 signal.signal(number, handler)
         told = outcome.verdict(outcome.words(launch.attempt_folder(attempt)))
-        ended = fault_of(chosen, attempt, told, nodes.ended) if status else told
+        ended = fault_of(chosen, attempt, told, nodes.ended) if status and not asked else told
         if ended is not None:
             outcome.write(launch.attempt_folder(attempt) / "outcome.json", ended)
-            faults.remember(ledger, ended, job=f"hostfile-{os.getpid()}")
         if not status or asked or (ended is not None and ended.retry == "never"):
             return status
+        if ended is not None:
+            faults.remember(ledger, ended, job=f"hostfile-{os.getpid()}")
         print(
             f"megagpt: attempt {attempt} failed on {host}, exit status {status}; again in {pause:.0f} s",
             file=sys.stderr,

@@ -46,7 +46,7 @@ def process_of_rank(rank: int, out: Path) -> int:
 
 
 def ssh_files(folder: Path, *, server: str, client: str) -> None:
-    """Keys of a host and of a user, and the files `sshd_config` and `config`, with these lines beside the usual ones."""
+    """Keys of a host and a user, and the files `sshd_config` and `config`, with these lines beside the usual ones."""
     folder.mkdir(mode=0o700)
     for name in ("host", "user"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True)
@@ -164,17 +164,10 @@ def test_over_ssh_a_node_that_dies_is_replaced_by_a_spare_and_the_losses_go_on_b
     with login(tmp_path / "shared") as here:
         ssh_files(here.folder / "ssh", server="Port 2222", client="  Port 2222")
         here.offer("ssh", "-F", str(here.folder / "ssh/config"))
-        serve = [
-            "srun",
-            "--nodes=3",
-            "--nodelist=n1,n2,n3",
-            SSHD,
-            "-D",
-            "-e",
-            "-f",
-            str(here.folder / "ssh/sshd_config"),
-        ]
-        servers = subprocess.Popen(here.slurm.command(*serve), env=here.inside, stderr=subprocess.DEVNULL)
+        serve = [SSHD, "-D", "-e", "-f", str(here.folder / "ssh/sshd_config")]
+        hosts = ("n1", "n2", "n3")
+        jobs = [here.slurm.command("srun", f"--nodelist={host}", *serve) for host in hosts]  # no one dies of another
+        servers = [subprocess.Popen(job, env=here.inside, stderr=subprocess.DEVNULL) for job in jobs]
         here.profile.write_text(here.profile.read_text() + "spares = 1\n")
         command = [sys.executable, "-m", "megagpt.cli"]
         more = f"--cluster {here.profile} --checkpoint.every 5 --hosts n1 n2 n3"
@@ -184,7 +177,7 @@ def test_over_ssh_a_node_that_dies_is_replaced_by_a_spare_and_the_losses_go_on_b
             arguments[arguments.index("--gpus-per-node") + 1] = "1"
             return subprocess.Popen([*command, *arguments])
 
-        for node in ("n1", "n2", "n3"):
+        for node in hosts:
             while here.run("ssh", "-F", str(here.folder / "ssh/config"), node, "echo up", check=False) != "up":
                 time.sleep(0.1)
         straight, struck = here.folder / "straight", here.folder / "struck"
@@ -195,8 +188,9 @@ def test_over_ssh_a_node_that_dies_is_replaced_by_a_spare_and_the_losses_go_on_b
             time.sleep(0.02)
         here.slurm.crash("n2")
         assert run.wait(180) == 0
-        servers.kill()
-        servers.wait()
+        for server in servers:
+            server.kill()
+            server.wait()
     assert losses(struck) == losses(straight)
     first = outcome.read(struck / "attempts/0001/outcome.json")
     assert first is not None
