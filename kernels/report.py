@@ -13,24 +13,28 @@ Rules, for half-precision inputs (fp32 runs on no tensor core and is there for t
 Bound: the rate that a kernel cannot pass by its instructions alone. With tensor cores it is the share of their peak if
 arithmetic, issue and exponentials overlap perfectly; without, the share of the memory's rate that its bytes in flight
 sustain at 700 ns of latency (Little's law). It says what is impossible, not what will be reached.
+Moved: the bytes that the launch of the case asks memory for, counted in Triton's interpreter, and how many times those
+that it cannot do without (`traffic.py`). Norms read their weights once a row, from L2; those are in the figure.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
+import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
-from torch import Tensor
 
-from megagpt.kernels import attention, cross_entropy, gelu, norm, residual, rotary, swiglu, tuning
+from megagpt.kernels import tuning
+from megagpt.kernels.cases import cases
 from megagpt.kernels.resources import SHARED_LIMIT, TENSOR_CORE, Resources, compiling_for, read
 from megagpt.kernels.visits import tiles_visited
 
@@ -47,97 +51,15 @@ WAIVED = {
 
 
 @dataclass(frozen=True)
-class Mask:
-    """A dropout mask to compile for."""
-
-    rate: float
-    key: int
-    samples_B: Tensor
-    first_token: int = 0
-
-    def keep_BNTC(self, heads: int, tokens: int, columns: int) -> Tensor:
-        return torch.ones(len(self.samples_B), heads, tokens, columns, dtype=torch.bool)
-
-
-@dataclass(frozen=True)
 class Row:
     """One line of the report."""
 
     case: str
+    launch: int
+    """Its place among the launches of the case."""
     resources: Resources
     broken: tuple[str, ...]
     waived: str
-
-
-def _mask() -> Mask:
-    return Mask(0.1, 0x1234_5678_9ABC_DEF0, torch.zeros(1, dtype=torch.int64))
-
-
-def _zeros(*shape: int, dtype: torch.dtype) -> Tensor:
-    return torch.zeros(shape, dtype=dtype, requires_grad=True)
-
-
-def _attention(width: int, dtype: torch.dtype, *, heads: int = 8, **options: Any) -> None:
-    qkv = _zeros(1, 256, heads + 4, width, dtype=dtype)
-    q, k, v = qkv.split((heads, 2, 2), 2)
-    o = attention.attention(q, k, v, **options)
-    o.backward(torch.zeros_like(o))
-
-
-def _norm(width: int, dtype: torch.dtype, *, mask: Mask | None = None) -> None:
-    x, residual_BTD = _zeros(1, 256, width, dtype=dtype), torch.zeros(1, 256, width, dtype=dtype)
-    w, b = _zeros(width, dtype=dtype), _zeros(width, dtype=dtype)
-    y, h = norm.add_layernorm(x, residual_BTD, w, b, mask=mask)
-    (y + h).backward(torch.zeros_like(y))
-
-
-def _rms(width: int, dtype: torch.dtype) -> None:
-    y = norm.rmsnorm(_zeros(256, width, dtype=dtype), _zeros(width, dtype=dtype))
-    y.backward(torch.zeros_like(y))
-
-
-def _loss(dtype: torch.dtype, smoothing: float) -> None:
-    logits, targets = _zeros(16, 50_304, dtype=dtype), torch.zeros(16, dtype=torch.int64)
-    cross_entropy.cross_entropy(logits, targets, vocabulary=50_257, smoothing=smoothing).sum().backward()
-
-
-def _elementwise(dtype: torch.dtype) -> None:
-    x, b = _zeros(1, 256, 1024, dtype=dtype), _zeros(1024, dtype=dtype)
-    grad = torch.zeros_like(x)
-    for y in (gelu.gelu(x, b), gelu.gelu(x), residual.add_residual(x, grad, b_D=b, mask=_mask())):
-        y.backward(grad)
-    residual.dropout(x, _mask()).backward(grad)
-    y = swiglu.swiglu(x)
-    y.backward(torch.zeros_like(y))
-    q, k = rotary.rotary(
-        _zeros(1, 256, 16, 128, dtype=dtype), _zeros(1, 256, 4, 128, dtype=dtype), torch.arange(256), 1e4
-    )
-    torch.autograd.backward((q, k), (torch.zeros_like(q), torch.zeros_like(k)))
-
-
-def cases(dtype: torch.dtype, *, full: bool) -> Iterator[tuple[str, Callable[[], None]]]:
-    """(name, what launches its kernels). The full report has every width of the tables and every fusion."""
-    start = torch.zeros(1, 256, dtype=torch.int32)
-    yield "attention 64", lambda: _attention(64, dtype)
-    yield "attention 128", lambda: _attention(128, dtype)
-    yield "norm 4,096", lambda: _norm(4096, dtype)
-    yield "cross entropy", lambda: _loss(dtype, 0.0)
-    if not full:
-        return
-    for width in (16, 32, 80, 96, 256):
-        yield f"attention {width}", lambda width=width: _attention(width, dtype)
-    for width in (64, 128, 256):
-        yield f"attention {width} dropout", lambda width=width: _attention(width, dtype, dropout=_mask())
-    yield "attention 128 documents", lambda: _attention(128, dtype, document_start_BT=start, window=128)
-    yield "attention 128 full documents", lambda: _attention(128, dtype, document_start_BT=start, causal=False)
-    yield "attention 128 softcap", lambda: _attention(128, dtype, softcap=30.0)
-    for width in (768, 2048, 5120, 8192, 12_288, 16_384):
-        yield f"norm {width:,}", lambda width=width: _norm(width, dtype)
-    for width in (64, 128, 4096, 12_288):
-        yield f"rmsnorm {width:,}", lambda width=width: _rms(width, dtype)
-    yield "norm 1,024 dropout", lambda: _norm(1024, dtype, mask=_mask())
-    yield "cross entropy smoothed", lambda: _loss(dtype, 0.1)
-    yield "elementwise", lambda: _elementwise(dtype)
 
 
 def broken_rules(case: str, found: Resources, dtype: torch.dtype) -> tuple[tuple[str, ...], str]:
@@ -173,11 +95,11 @@ def measure(architecture: str, *, full: bool, dtype: torch.dtype) -> Iterator[Ro
     for case, launch in cases(dtype, full=full):
         with compiling_for(architecture) as compiled:
             launch()
-        for kernel in compiled:
+        for place, kernel in enumerate(compiled):
             if kernel.hash not in seen:
                 seen.add(kernel.hash)
                 found = read(kernel, architecture)
-                yield Row(case, found, *broken_rules(case, found, dtype))
+                yield Row(case, place, found, *broken_rules(case, found, dtype))
 
 
 PRODUCTS = {"forward": 2, "backward_keys": 4, "backward_queries": 3}  # matrix products of a tile
@@ -193,11 +115,11 @@ def operations(found: Resources) -> float:
 
 HEADER = (
     f"{'case':28} {'kernel':17} {'warps':>5} {'regs':>4} {'spill':>5} {'shared':>7} {'blocks':>6} {'instr':>5} "
-    f"{'mma':>4} {'mufu':>4} {'16 B':>4} {'KB/SM':>5} {'bound':>6}  rules"
+    f"{'mma':>4} {'mufu':>4} {'16 B':>4} {'KB/SM':>5} {'bound':>6} {'moved MB':>8} {'times':>5}  rules"
 )
 
 
-def line(row: Row) -> str:
+def line(row: Row, moved: str) -> str:
     """A row of the table: `instr`, `mma`, `mufu` and `16 B` (wide loads) are of one pass of the hot loop."""
     found = row.resources
     verdict = ", ".join(row.broken).upper() or (f"spills waived: {row.waived}" if row.waived else "ok")
@@ -206,8 +128,24 @@ def line(row: Row) -> str:
         f"{row.case:28} {found.kernel:17} {found.warps:5} {found.registers:4} {found.spills():5} "
         f"{found.shared_bytes:7,} {found.blocks_per_sm():6} {found.steady_instructions():5} "
         f"{found.count(TENSOR_CORE[found.architecture]):4} {found.count('MUFU'):4} {wide:4} "
-        f"{found.bytes_in_flight() / 1024:5.0f} {found.bound(operations(found)):6.0%}  {verdict}"
+        f"{found.bytes_in_flight() / 1024:5.0f} {found.bound(operations(found)):6.0%} {moved}  {verdict}"
     )
+
+
+def start_traffic(architecture: str, *, full: bool) -> subprocess.Popen[str]:
+    """`traffic.py` in a process of its own: a process either interprets kernels or compiles them."""
+    return subprocess.Popen(  # noqa: S603
+        [sys.executable, "-W", "ignore", "-m", "megagpt.kernels.traffic", architecture, *(["--full"] if full else [])],
+        env={**os.environ, "TRITON_INTERPRET": "1"}, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def moved(row: Row, traffic: dict[str, list[dict[str, Any]]]) -> str:
+    """The two columns of what a launch moves. Raises KeyError if the interpreter ran another kernel in its place."""
+    found = traffic[row.case][row.launch]
+    if found["kernel"] != row.resources.kernel:
+        raise KeyError(f"{row.case}: launch {row.launch} is {found['kernel']}, not {row.resources.kernel}")
+    return f"{found['moved'] / 1e6:8.2f} {found['moved'] / found['least']:5.2f}"
 
 
 # Layers whose visited tiles are printed: name, tokens, and what `tiles_visited` takes.
@@ -257,17 +195,20 @@ def main(arguments: list[str] | None = None) -> int:
         if architecture == "gfx942":
             say(f"{_lowered(architecture)} kernels lower to AMD code; none was ever run")
             continue
+        counting = start_traffic(architecture, full=options.full)
         for text in visits(architecture):
             say(text)
+        rows = list(measure(architecture, full=options.full, dtype=torch.bfloat16))
+        traffic = json.loads(counting.communicate()[0])
         say(HEADER)
-        for row in measure(architecture, full=options.full, dtype=torch.bfloat16):
-            say(line(row))
+        for row in rows:
+            say(line(row, moved(row, traffic)))
             failures += bool(row.broken)
         if options.full:  # fp32 has no rules but shared memory and atomics
             rows = list(measure(architecture, full=False, dtype=torch.float32))
             for row in rows:
                 if row.broken:
-                    say(f"fp32 {line(row)}")
+                    say(f"fp32 {line(row, '')}")
                     failures += 1
             say(f"{len(rows)} kernels in fp32")
     say(f"\n{failures} kernels break a rule" if failures else "\nno kernel breaks a rule")

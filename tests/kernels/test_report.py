@@ -87,6 +87,9 @@ def test_the_short_report_breaks_no_rule_on_an_h100():
     assert found.returncode == 0, found.stdout + found.stderr
     assert "no kernel breaks a rule" in found.stdout
     assert found.stdout.count(" ok") >= 13
+    rows = [line.split() for line in found.stdout.splitlines() if line.endswith(" ok")]
+    once = [row[-2] for row in rows if row[:2] == ["cross", "entropy"]]
+    assert once == ["1.00", "1.00"]  # the loss goes over the logits once forward and once backward
 
 
 @pytest.mark.parametrize("name", ["sm80", "sm86", "sm90", "sm100", "gfx942"])
