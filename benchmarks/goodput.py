@@ -181,10 +181,10 @@ def on_cluster(folder: Path, seconds: float, seed: int = 1) -> dict[str, Any]:
         rehearsal.wait(lambda: rehearsal.done() > done, "a step after the last failure")
         stop.ask(rehearsal.out)
         rehearsal.finish()
-    split = goodput(rehearsal.out, mtbf_hours=0)
+        split, steps = goodput(rehearsal.out, mtbf_hours=0), rehearsal.done()
     faults.forget(faults.ledger(launch.cluster_name))
     assert split is not None
-    return {"seed": seed, "killed": struck, "steps": rehearsal.done(), **told(split)}
+    return {"seed": seed, "killed": struck, "steps": steps, **told(split)}
 
 
 def told(split: Goodput) -> dict[str, Any]:

@@ -77,13 +77,13 @@ def stops(run: config.Run, folder: Path, count: int) -> dict[str, Any]:
         with ThreadPoolExecutor() as pool:
             each = [pool.submit(_stop, runs[name], Stops(cause), number) for name, (cause, number) in times.items()]
             found = [dataclasses.asdict(one.result()) for one in each]
-    losses = [one.losses() for one in runs.values()]
+        losses = [one.losses() for one in runs.values()]
     common = min(map(len, losses))
     return {
         "grace_seconds": GRACE_SECONDS,
         "runs": found,
         "steps_in_common": common,
-        "losses_equal_bit_for_bit": all(one[:common] == losses[0][:common] for one in losses),
+        "losses_equal_bit_for_bit": common > 0 and all(one[:common] == losses[0][:common] for one in losses),
     }
 
 
