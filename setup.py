@@ -40,10 +40,12 @@ setup(
         "dev": [
             "gigatoken>=0.10",
             "hypothesis>=6.100",
+            "kubeflow-trainer-api>=2.3",
             "moto[s3,server]>=5",
             "pre-commit>=3.7",
             "pyright[nodejs]==1.1.414",
             "pytest>=8",
+            "pyyaml>=6",
             "ruff==0.17.6",
             "s3fs>=2025.2",
             "tensorboard>=2.17",

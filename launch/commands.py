@@ -16,7 +16,7 @@ import megagpt
 from megagpt import config
 from megagpt.checks import checked, costs_of
 from megagpt.errors import UserError
-from megagpt.launch import hostfile, kubernetes, slurm, submit, torchrun
+from megagpt.launch import hostfile, kubernetes, slurm, submit, sweeps, torchrun
 from megagpt.launch.layout import fill_layout
 from megagpt.launch.profiles import load_cluster
 from megagpt.launch.spec import Kind, Launch, Retries, interpreter, to_json
@@ -41,7 +41,7 @@ class LaunchRun(config.Run):
     sweep: tuple[str, ...] = ()
     """slurm: a run for each value, as one job array: optim.lr=1e-4,2e-4; several names give all combinations."""
     hosts: tuple[str, ...] = ()
-    """hostfile: the nodes to ssh to, in the order of ranks, or one file with a node a line."""
+    """hostfile: the nodes to ssh to, in the order of ranks, the last the spares; or one file with a node a line."""
     chain: int = 0
     """slurm: further jobs, each after the one before, where the cluster does not requeue."""
     cpu: bool = False
@@ -136,7 +136,7 @@ def run_launch(options: LaunchRun, *, kind: Kind, preset: str) -> int:
         files[launch.launch_folder() / "launch.json"] = to_json(launch)
     out = options.out.absolute()
     if kind == "slurm" and options.sweep:
-        text, script = slurm.sweep_script(launches, out=out, layout=layouts[0]), out / "launch" / "sweep.sh"
+        text, script = slurm.sweep_script(launches, out=out, layout=layouts[0]), out / "launch" / sweeps.SCRIPT
     else:
         text, script = render(launches[0], layout=layouts[0]), out / "launch" / FILES.get(kind, "job.sh")
     if options.dry_run:
@@ -154,7 +154,9 @@ def make_launch(options: LaunchRun, *, kind: Kind, name: str = "") -> tuple[conf
     """The filled-in run and its launch; `name` is that of one run of a sweep."""
     cluster = load_cluster(options.cluster)
     hosts = read_hosts(options.hosts) if kind == "hostfile" else ()
-    nodes = len(hosts) or options.nodes
+    nodes = len(hosts) - cluster.spares if hosts else options.nodes
+    if hosts and nodes < 1:
+        raise UserError(f"{len(hosts)} hosts are none without {cluster.spares} spares.", "Name more --hosts.")
     gpus = options.gpus_per_node or cluster.gpus_per_node
     if not gpus:
         raise UserError(
@@ -177,7 +179,7 @@ def make_launch(options: LaunchRun, *, kind: Kind, name: str = "") -> tuple[conf
         nodes=nodes,
         gpus_per_node=gpus,
         devices=not options.cpu,
-        cluster=cluster if kind == "slurm" else dataclasses.replace(cluster, spares=0),
+        cluster=cluster if kind in ("slurm", "hostfile") else dataclasses.replace(cluster, spares=0),
         cluster_name=Path(options.cluster or "default").stem,
         retries=Retries(chain=options.chain),
         hosts=hosts,
@@ -277,7 +279,7 @@ def _hand_over(launches: Sequence[Launch], script: Path, *, chain: int) -> int:
         jobs = submit.submit_slurm(script, chain=chain)
         for place, launch in enumerate(launches):
             for job in jobs:
-                submit.record(launch, f"{job}_{place}" if len(launches) > 1 else job)
+                submit.record(launch, f"{job}_{place}" if script.name == sweeps.SCRIPT else job)
             print(f"{launch.out}: job {' '.join(jobs)}. megagpt launch status {launch.out}")
         return 0
     submit.record(first, "")

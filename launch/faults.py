@@ -7,6 +7,7 @@ own, or two deaths that may have been, for a day; deleting its folder readmits i
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -44,6 +45,11 @@ def excluded(root: Path) -> dict[str, str]:
                 f"{fault['cause'].replace('_', ' ')}: {fault['message']}" for fault in faults
             )
     return found
+
+
+def forget(root: Path) -> None:
+    """Readmit all nodes of a ledger that nobody needs any more."""
+    shutil.rmtree(root, ignore_errors=True)
 
 
 def _recent(path: Path) -> dict[str, str] | None:

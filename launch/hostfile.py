@@ -8,6 +8,7 @@ failed, the node's agent (`node.py`) kills its ranks: nothing has to be searched
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import secrets
@@ -16,13 +17,18 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 
 from megagpt import outcome
+from megagpt.errors import UserError
+from megagpt.launch import faults
 from megagpt.launch.spec import Launch, read_launch
 
 GRACE_SECONDS = 20.0
+SILENT = (255, -signal.SIGKILL)
+"""How a connection ends to a node that does not answer: by ssh's own failure, or cut after the grace period."""
 
 
 def ssh_command(launch: Launch, host: str) -> list[str]:
@@ -39,14 +45,15 @@ def plan_text(launch: Launch, *, layout: str) -> str:
     ]
     for place, host in enumerate(launch.hosts):
         first = place * launch.gpus_per_node
-        lines += [f"# ranks {first} to {first + launch.gpus_per_node - 1}:", shlex.join(ssh_command(launch, host))]
+        ranks = f"ranks {first} to {first + launch.gpus_per_node - 1}" if place < launch.nodes else "a spare"
+        lines += [f"# {ranks}:", shlex.join(ssh_command(launch, host))]
     return "\n".join(lines) + "\n"
 
 
 def work_of(launch: Launch, place: int, *, port: int, attempt: int, inherited: dict[str, str]) -> dict[str, object]:
     """What the agent of node `place` is to do."""
     kept = {name: inherited[name] for name in launch.cluster.secrets if name in inherited}
-    meeting = {"MASTER_ADDR": launch.hosts[0].rpartition("@")[2], "MASTER_PORT": str(port)}
+    meeting = {"MASTER_ADDR": _address(launch.hosts[0]), "MASTER_PORT": str(port)}
     meeting[outcome.ATTEMPT] = str(launch.attempt_folder(attempt))
     sizes = {"WORLD_SIZE": str(launch.world_size()), "LOCAL_WORLD_SIZE": str(launch.gpus_per_node)}
     return {
@@ -65,6 +72,8 @@ class Nodes:
     def __init__(self, launch: Launch, attempt: int) -> None:
         port = launch.cluster.ports[0] + secrets.randbelow(launch.cluster.ports[1] - launch.cluster.ports[0] + 1)
         self.running: dict[str, subprocess.Popen[str]] = {}
+        self.ended: dict[str, int] = {}
+        """The exit status of each connection that is over."""
         for place, host in enumerate(launch.hosts):
             process = subprocess.Popen(  # noqa: S603 - an argument list of the launch
                 ssh_command(launch, host), stdin=subprocess.PIPE, text=True, start_new_session=True
@@ -87,6 +96,7 @@ class Nodes:
                 if code is None:
                     continue
                 del self.running[host]
+                self.ended[host] = code
                 self._hang_up(process)
                 if code and not status:
                     failed, status = host, code
@@ -104,6 +114,7 @@ class Nodes:
                 process.wait(max(0.0, deadline - time.monotonic()))
             if process.poll() is None:
                 process.kill()
+                process.wait()
 
     @staticmethod
     def _hang_up(process: subprocess.Popen[str]) -> None:
@@ -118,13 +129,18 @@ class Nodes:
 
 
 def run(launch: Launch) -> int:
-    """Run the launch to its end, starting again after failures as often as it allows; returns the exit status."""
+    """Run the launch to its end, starting again after failures as often as it allows; returns the exit status.
+
+    A node that falls silent, or whose ranks die twice, is left out from then on, for a day.
+    """
     asked: list[int] = []
+    ledger = faults.ledger(launch.cluster_name)
     pause = launch.retries.back_off_seconds
     for _ in range(launch.retries.inside + 1):
+        chosen = with_good_hosts(launch, faults.excluded(ledger))
         attempt = int(outcome.begin(Path(launch.out)).name)
         launch.log(attempt, 0).parent.mkdir()
-        nodes = Nodes(launch, attempt)
+        nodes = Nodes(chosen, attempt)
 
         def ask(number: int, _frame: FrameType | None, nodes: Nodes = nodes) -> None:
             asked.append(number)
@@ -138,10 +154,13 @@ def run(launch: Launch) -> int:
             for number, handler in previous.items():
                 signal.signal(number, handler)
         told = outcome.verdict(outcome.words(launch.attempt_folder(attempt)))
-        if told is not None:
-            outcome.write(launch.attempt_folder(attempt) / "outcome.json", told)
-        if not status or asked or (told is not None and told.retry == "never"):
+        ended = fault_of(chosen, attempt, told, nodes.ended) if status and not asked else told
+        if ended is not None:
+            outcome.write(launch.attempt_folder(attempt) / "outcome.json", ended)
+        if not status or asked or (ended is not None and ended.retry == "never"):
             return status
+        if ended is not None:
+            faults.remember(ledger, ended, job=f"hostfile-{os.getpid()}")
         print(
             f"megagpt: attempt {attempt} failed on {host}, exit status {status}; again in {pause:.0f} s",
             file=sys.stderr,
@@ -149,6 +168,40 @@ def run(launch: Launch) -> int:
         time.sleep(pause)
         pause = min(2 * pause, 300)
     return 1
+
+
+def with_good_hosts(launch: Launch, excluded: Mapping[str, str]) -> Launch:
+    """The launch on the first of its hosts that are not out. Raises UserError if they are too few."""
+    good = [host for host in launch.hosts if _address(host) not in excluded]
+    if len(good) < launch.nodes:
+        out = "; ".join(f"{_address(host)}: {excluded[_address(host)]}" for host in launch.hosts if host not in good)
+        raise UserError(
+            f"{len(good)} good hosts are left, of {launch.nodes} that the layout needs ({out}).",
+            f"Name more --hosts, or mend those and delete their folders in {faults.ledger(launch.cluster_name)}.",
+        )
+    return dataclasses.replace(launch, hosts=tuple(good[: launch.nodes]))
+
+
+def fault_of(
+    launch: Launch, attempt: int, told: outcome.Outcome | None, ended: Mapping[str, int]
+) -> outcome.Outcome | None:
+    """How an attempt failed: by a node that fell silent after it had begun, else as its ranks told.
+
+    Where they told, the host at fault is called as the launch calls it.
+    """
+    gone = [place for place, host in enumerate(launch.hosts) if ended.get(host) in SILENT]
+    begun = [place for place in gone if launch.log(attempt, place * launch.gpus_per_node).exists()]
+    if begun and (told is None or told.cause in ("peer_lost", "rank_lost")):
+        host = _address(launch.hosts[begun[0]])
+        return outcome.ended("failed", "node", f"{host} does not answer any more", rank=None, host=host)
+    if told is None or told.rank is None:
+        return told
+    return dataclasses.replace(told, host=_address(launch.hosts[told.rank // launch.gpus_per_node]))
+
+
+def _address(host: str) -> str:
+    """A host without its user."""
+    return host.rpartition("@")[2]
 
 
 if __name__ == "__main__":

@@ -20,10 +20,10 @@ import contextlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,6 +45,7 @@ def missing() -> str:
 
 
 STANDARD = Shape()
+RECOVERY_SECONDS, PATIENCE_SECONDS = 60.0, 300.0
 
 
 @dataclass
@@ -56,6 +57,8 @@ class Cluster:
     """Its configuration and logs; removed with it."""
     _lab: subprocess.Popen[str] = field(repr=False)
     _inside: int = 0
+    patience_seconds: float = PATIENCE_SECONDS
+    """How long a rehearsal waits for what must come."""
 
     def run(self, *command: str, check: bool = True, **values: Any) -> str:
         """Run a command where SLURM's commands find this cluster, and return what it printed."""
@@ -97,9 +100,9 @@ class Cluster:
         """What comes to the node comes at no more than `rate`, as tc writes it: 50mbit; empty: as fast as can be."""
         self._tell("slow", node, rate)
 
-    def kill(self, node: str, pattern: str, number: int = signal.SIGKILL) -> int:
-        """Send a signal to the node's processes whose command line contains `pattern`; how many there were."""
-        return int(self._tell("kill", node, pattern, str(int(number))))
+    def signal_ranks(self, job: str, node: str, number: int) -> int:
+        """Send a signal to the ranks of `job` on the node; how many there were."""
+        return int(self._tell("signal", node, job, str(int(number))))
 
     @property
     def disk(self) -> Path:
@@ -114,10 +117,19 @@ class Cluster:
         """What a path inside is called for this process."""
         return Path(f"/proc/{self._inside}/root") / path.relative_to("/")
 
-    def job(self, job: str) -> dict[str, str]:
-        """What `scontrol show job` says, by field."""
-        text = self.run("scontrol", "--oneliner", "show", "job", job)
-        return dict(part.split("=", 1) for part in text.split() if "=" in part)
+    def recover(self) -> None:
+        """Undo whatever was done to nodes, wires and disk, and wait until all nodes are back in service."""
+        for number in range(1, self.shape.nodes + 1):
+            self.repair(f"n{number}")
+        self.resize_disk(full=False)
+        self.run("scontrol", "reconfigure")  # 22.05 miscounts GPUs after a job that lost a node was requeued
+        deadline, states = time.monotonic() + RECOVERY_SECONDS, list[str]()
+        while time.monotonic() < deadline:
+            states = self.run("sinfo", "--noheader", "--Node", "--format=%t", "--partition=urgent").split()
+            if states.count("idle") == self.shape.nodes:
+                return
+            time.sleep(0.2)
+        raise TimeoutError(f"the nodes did not come back: {states}")
 
     def _tell(self, *words: str) -> str:
         assert self._lab.stdin is not None

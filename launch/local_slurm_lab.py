@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 from megagpt.launch.local_slurm_conf import NETWORK, Shape, configuration
+from megagpt.launch.strike import ranks_of
 
 START_SECONDS = 60.0
 DISK_BYTES = 4 << 30  # of memory, as far as they are used
@@ -113,17 +114,17 @@ class Lab:
             case ["slow", node, rate]:
                 shaped = ["root", "tbf", "rate", rate, "burst", "64kb", "latency", "200ms"]
                 self.call("tc", "qdisc", "replace", "dev", f"to-{node}", *shaped)
-            case ["kill", node, pattern, number]:
-                return str(self.kill(node, pattern, int(number)))
+            case ["signal", node, job, number]:
+                return str(self.signal_ranks(node, job, int(number)))
         return "done"
 
-    def kill(self, node: str, pattern: str, number: int) -> int:
+    def signal_ranks(self, node: str, job: str, number: int) -> int:
         """The node's processes are those of its pid namespace."""
         space, count = Path(f"/proc/{self.first_process(node)}/ns/pid").readlink(), 0
-        for folder in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):
-                if (folder / "ns/pid").readlink() == space and pattern.encode() in (folder / "cmdline").read_bytes():
-                    os.kill(int(folder.name), number)
+        for process in ranks_of(job):
+            with contextlib.suppress(OSError):  # it has ended
+                if Path(f"/proc/{process}/ns/pid").readlink() == space:
+                    os.kill(process, number)
                     count += 1
         return count
 

@@ -18,7 +18,7 @@ from megagpt.launch.spec import Launch, to_json
 from megagpt.outcome import Outcome
 
 LOOK_SECONDS = 0.05
-STATE_SECONDS, PATIENCE_SECONDS = 2.0, 300.0
+STATE_SECONDS = 2.0
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL", "TIMEOUT", "OUT_OF_MEMORY")
 
 
@@ -29,12 +29,21 @@ class Slurm(Protocol):
         """What a command of SLURM's prints."""
         ...
 
-    def job(self, job: str) -> dict[str, str]:
-        """What `scontrol show job` says, by field."""
-        ...
-
     def outside(self, path: Path) -> Path:
         """What a path on the nodes is called for this process."""
+        ...
+
+    def signal_ranks(self, job: str, node: str, number: int) -> int:
+        """Send a signal to the ranks of `job` on the node; how many there were."""
+        ...
+
+    def recover(self) -> None:
+        """Have all nodes in service again, whatever a scene did to them."""
+        ...
+
+    @property
+    def patience_seconds(self) -> float:
+        """How long a rehearsal waits for what must come, the queue included."""
         ...
 
 
@@ -57,6 +66,11 @@ class Rehearsal:
         text = path.read_text() if path.exists() else ""
         return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
+    def done(self) -> int:
+        """How many steps are done: each has one line, once."""
+        path = self.out / "metrics.jsonl"
+        return path.read_bytes().count(b"\n") if path.exists() else 0
+
     def losses(self) -> list[tuple[int, float, float]]:
         return [(record["step"], record["loss"], record["grad_norm"]) for record in self.steps()]
 
@@ -77,7 +91,8 @@ class Rehearsal:
         return (newest / "nodes").read_text().split()
 
     def state(self) -> str:
-        return self.slurm.job(self.jobs[-1]).get("JobState", "")
+        text = self.slurm.run("scontrol", "--oneliner", "show", "job", self.jobs[-1])
+        return dict(part.split("=", 1) for part in text.split() if "=" in part).get("JobState", "")
 
     def wait(self, until: Callable[[], Any], what: str) -> float:
         """Wait until something is so; the moment it was. Raises TimeoutError if it never is."""
@@ -87,24 +102,24 @@ class Rehearsal:
                 asked = time.monotonic()
                 if self.state() in ENDED and not until():
                     raise TimeoutError(f"the job has ended, and {what} did not come")
-            if asked - began > PATIENCE_SECONDS:
-                raise TimeoutError(f"{what} did not come in {PATIENCE_SECONDS:.0f} s")
+            if asked - began > self.slurm.patience_seconds:
+                raise TimeoutError(f"{what} did not come in {self.slurm.patience_seconds:.0f} s")
             time.sleep(LOOK_SECONDS)
         return time.time()
 
     def wait_for_step(self, step: int) -> float:
-        return self.wait(lambda: len(self.steps()) >= step, f"step {step}")
+        return self.wait(lambda: self.done() >= step, f"step {step}")
 
     def finish(self) -> str:
         """Wait for the end of the run, in whichever job it ends; the last job's state."""
-        until = time.monotonic() + PATIENCE_SECONDS
+        until = time.monotonic() + self.slurm.patience_seconds
         while time.monotonic() < until:
             newest = self.slurm.run("squeue", "--noheader", "--format=%i", f"--name={self.launch.name}")
             self.jobs += [job for job in newest.split() if job not in self.jobs]
             if not newest and self.state() in ENDED:
                 return self.state()
             time.sleep(STATE_SECONDS / 4)
-        raise TimeoutError(f"the run did not end in {PATIENCE_SECONDS:.0f} s")
+        raise TimeoutError(f"the run did not end in {self.slurm.patience_seconds:.0f} s")
 
 
 def submit(slurm: Slurm, launch: Launch, run: Run) -> Rehearsal:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import signal
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from megagpt.launch import faults
 from megagpt.launch.local_slurm import Cluster
-from megagpt.launch.rehearsal import Rehearsal
+from megagpt.launch.rehearsal import Rehearsal, Slurm
 from megagpt.outcome import Cause
 
 SLOW_WIRE, CRAWL = "40mbit", "4mbit"
-RANK = "megagpt.cli"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,10 +22,12 @@ class Scene:
     name: str
     cause: Cause
     """What the disturbed attempt must have ended by."""
-    strike: Callable[[Cluster, Rehearsal, str], None]
-    """Do it, to the node of the last rank."""
-    mend: Callable[[Cluster, Rehearsal, str], None] = lambda *_: None
+    strike: Callable[[Any, Rehearsal, str], None]
+    """Do it on the throw-away cluster, to the node of the last rank."""
+    mend: Callable[[Any, Rehearsal, str], None] = lambda *_: None
     """Undo it, once the attempt has ended."""
+    elsewhere: Callable[[Slurm, Rehearsal, str], None] | None = None
+    """Do it on a cluster whose machines are not ours to break; None: it cannot be done there."""
     leaves_node: bool = False
     """The run must go on without that node."""
     same_job: bool = True
@@ -37,12 +38,12 @@ class Scene:
     """Strike the node of the batch script, the first, instead of the last rank's."""
 
 
-def _kill(cluster: Cluster, _: Rehearsal, node: str) -> None:
-    cluster.kill(node, RANK)
+def _kill(slurm: Slurm, rehearsal: Rehearsal, node: str) -> None:
+    slurm.signal_ranks(rehearsal.jobs[-1], node, signal.SIGKILL)
 
 
-def _stop_process(cluster: Cluster, _: Rehearsal, node: str) -> None:
-    cluster.kill(node, RANK, signal.SIGSTOP)
+def _stop_process(slurm: Slurm, rehearsal: Rehearsal, node: str) -> None:
+    slurm.signal_ranks(rehearsal.jobs[-1], node, signal.SIGSTOP)
 
 
 def _crash(cluster: Cluster, _: Rehearsal, node: str) -> None:
@@ -53,17 +54,14 @@ def _pull(cluster: Cluster, _: Rehearsal, node: str) -> None:
     cluster.pull_cable(node)
 
 
-def _preempt(cluster: Cluster, _: Rehearsal, __: str) -> None:
-    nodes = str(cluster.shape.nodes)
-    words = [
-        "--partition=urgent",
-        f"--nodes={nodes}",
-        "--exclusive",
-        "--time=1",
-        "--output=/dev/null",
-        "--wrap=sleep 1",
-    ]
-    cluster.run("sbatch", *words)
+def preempt(slurm: Slurm, nodes: Sequence[str]) -> None:
+    """Have a more urgent job take `nodes` for a second."""
+    words = ["--partition=urgent", f"--nodelist={','.join(nodes)}", "--exclusive", "--time=1", "--output=/dev/null"]
+    slurm.run("sbatch", *words, "--wrap=sleep 1")
+
+
+def _preempt(cluster: Cluster, rehearsal: Rehearsal, _: str) -> None:
+    preempt(cluster, rehearsal.nodes())
 
 
 def _shorten(cluster: Cluster, rehearsal: Rehearsal, _: str) -> None:
@@ -80,13 +78,24 @@ def _lengthen(cluster: Cluster, rehearsal: Rehearsal, _: str) -> None:
     cluster.run("scontrol", "update", f"JobId={rehearsal.jobs[-1]}", "TimeLimit=10")
 
 
-def _requeue(cluster: Cluster, rehearsal: Rehearsal, _: str) -> None:
-    cluster.run("scontrol", "requeue", rehearsal.jobs[-1])
+def _announce_preemption(slurm: Slurm, rehearsal: Rehearsal, _: str) -> None:
+    """The signals that SLURM sends before it takes nodes away, and nobody who takes them."""
+    slurm.run("scancel", "--signal=TERM", rehearsal.jobs[-1])
+    slurm.run("scancel", "--signal=TERM", "--batch", rehearsal.jobs[-1])
+
+
+def _announce_limit(slurm: Slurm, rehearsal: Rehearsal, _: str) -> None:
+    """The signal that SLURM sends before a time limit."""
+    slurm.run("scancel", "--signal=USR1", "--batch", rehearsal.jobs[-1])
+
+
+def _requeue(slurm: Slurm, rehearsal: Rehearsal, _: str) -> None:
+    slurm.run("scontrol", "requeue", rehearsal.jobs[-1])
 
 
 SCENES = (
-    Scene(name="rank_kill", cause="rank_lost", strike=_kill),
-    Scene(name="hang", cause="hang", strike=_stop_process),
+    Scene(name="rank_kill", cause="rank_lost", strike=_kill, elsewhere=_kill),
+    Scene(name="hang", cause="hang", strike=_stop_process, elsewhere=_stop_process),
     Scene(
         name="node_crash",
         cause="node",
@@ -110,9 +119,16 @@ SCENES = (
         mend=lambda cluster, _, node: cluster.plug_in(node),
         leaves_node=True,
     ),
-    Scene(name="preemption", cause="preempted", strike=_preempt, same_job=False),
-    Scene(name="time_limit", cause="time_limit", strike=_shorten, mend=_lengthen, same_job=False),
-    Scene(name="requeue", cause="preempted", strike=_requeue, same_job=False),
+    Scene(name="preemption", cause="preempted", strike=_preempt, elsewhere=_announce_preemption, same_job=False),
+    Scene(
+        name="time_limit",
+        cause="time_limit",
+        strike=_shorten,
+        mend=_lengthen,
+        elsewhere=_announce_limit,
+        same_job=False,
+    ),
+    Scene(name="requeue", cause="preempted", strike=_requeue, elsewhere=_requeue, same_job=False),
     Scene(
         name="full_disk",
         cause="disk_full",
@@ -123,16 +139,9 @@ SCENES = (
 )
 
 
-def readmit(cluster: Cluster, name: str) -> None:
-    """Forget the faults of a rehearsal's nodes, and have all nodes back in service."""
-    root = faults.ledger(name)
-    for path in root.glob("*/*.json"):
-        path.unlink()
-    cluster.run("scontrol", "reconfigure")  # 22.05 miscounts GPUs after a job that lost a node was requeued
-    deadline, states = time.monotonic() + 60.0, list[str]()
-    while time.monotonic() < deadline:
-        states = cluster.run("sinfo", "--noheader", "--Node", "--format=%t", "--partition=urgent").split()
-        if states.count("idle") == cluster.shape.nodes:
-            return
-        time.sleep(0.2)
-    raise TimeoutError(f"the nodes did not come back: {states}")
+ELSEWHERE = tuple(
+    dataclasses.replace(scene, strike=scene.elsewhere, mend=lambda *_: None)
+    for scene in SCENES
+    if scene.elsewhere is not None
+)
+"""What can be rehearsed on a cluster whose machines are not ours to break."""

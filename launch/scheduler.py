@@ -77,9 +77,10 @@ def end_step(process: subprocess.Popen[bytes], job: str, steps: set[str]) -> Non
     words = ["scancel", "--signal=KILL"]
     cancels = [subprocess.Popen([*words, f"{job}.{step}"], stderr=subprocess.DEVNULL) for step in sorted(steps)]  # noqa: S603
     process.terminate()
-    for waiting in (process, *cancels):  # scancel waits for nodes that do not answer
+    until = time.monotonic() + STEP_SECONDS
+    for waiting in (process, *cancels):  # each waits for nodes that do not answer
         try:
-            waiting.wait(STEP_SECONDS)
+            waiting.wait(max(0.0, until - time.monotonic()))
         except subprocess.TimeoutExpired:
             waiting.kill()
             waiting.wait()

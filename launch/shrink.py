@@ -48,6 +48,6 @@ def shrink(run: Run, *, steps: int, every: int) -> Run:
         parallel=dataclasses.replace(run.parallel, data=data, pipeline=pipeline, tensor=tensor),
         optim=dataclasses.replace(run.optim, warmup_tokens=ROWS * CONTEXT),
         checkpoint=dataclasses.replace(run.checkpoint, every=every, keep=3),
-        heal=dataclasses.replace(run.heal, hang_seconds=5.0),
+        heal=dataclasses.replace(run.heal, hang_seconds=3.0),
         report=dataclasses.replace(run.report, every=10, samples=0),
     )

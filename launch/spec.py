@@ -129,7 +129,7 @@ class Launch:
     """Whose node ledger counts."""
     retries: Retries = Retries()
     hosts: tuple[str, ...] = ()
-    """hostfile only: the nodes, in the order of their ranks."""
+    """hostfile only: the nodes, in the order of their ranks, and then the spares."""
     source: str = ""
     """Folder that holds the package that submitted: the supervisor's and, without a container, the ranks'."""
 

@@ -198,7 +198,8 @@ class Supervisor:
             well = word is not None and word.result != "failed"
             if not noticed and (word or self._fallen(lines) or scheduler.first_failed_task(log)):
                 noticed = time.time()
-                over = time.monotonic() + (LEAVE_SECONDS if well else GRACE_SECONDS)
+                silent = any(line.silent for line in lines.lost())  # which says all, and no rank knows more
+                over = time.monotonic() + (LEAVE_SECONDS if well else 0.0 if silent else GRACE_SECONDS)
             time.sleep(LOOK_SECONDS)
         return asked, noticed or time.time()
 

@@ -16,7 +16,7 @@ from megagpt import outcome, stop
 from megagpt.config import load, steps_of
 from megagpt.errors import UserError
 from megagpt.heal.goodput import goodput
-from megagpt.launch import submit
+from megagpt.launch import submit, sweeps
 from megagpt.launch.spec import Launch, read_launch
 from megagpt.launch.why import first_cause
 from megagpt.report.metrics import read_records
@@ -28,10 +28,10 @@ LOG_BYTES = 4 << 20  # the end of each log, where causes stand
 
 @dataclass(frozen=True, kw_only=True)
 class Status:
-    """State, step, loss, speed, goodput, time left and nodes of a launched run."""
+    """State, step, loss, speed, goodput, time left and nodes of a launched run, or a line a run of a sweep."""
 
     run: Positional[Path]
-    """Folder of the run."""
+    """Folder of the run, or of the sweep."""
     json: bool = False
     """Print JSON."""
 
@@ -67,7 +67,7 @@ class Stop:
     """Ask all ranks to save after the step they are in, and to stop. The run can be resumed."""
 
     run: Positional[Path]
-    """Folder of the run."""
+    """Folder of the run, or of the sweep."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,11 +75,15 @@ class Resume:
     """Submit a run again as it was submitted last; it goes on from its newest checkpoint."""
 
     run: Positional[Path]
-    """Folder of the run."""
+    """Folder of the run, or of the sweep: then all of its runs that are not done."""
 
 
 def run_status(options: Status) -> int:
-    """Print the run's state; exit status 0 whatever it is."""
+    """Print the state of the run, or of each run of a sweep; exit status 0 whatever it is."""
+    if sweeps.is_sweep(options.run):
+        each = [status_of(run) for run in sweeps.runs_of(options.run)]
+        print(json.dumps(each, indent=2) if options.json else "\n".join(_table(options.run, each)))
+        return 0
     found = status_of(options.run)
     if options.json:
         print(json.dumps(found, indent=2))
@@ -127,6 +131,18 @@ def status_of(out: Path) -> dict[str, Any]:
     }
 
 
+def _table(sweep: Path, each: list[dict[str, Any]]) -> list[str]:
+    """A line a run of a sweep, under their titles."""
+    rows: list[tuple[str, ...]] = [("run", "state", "step", "loss", "tokens/s", "goodput")]
+    for one in each:
+        name, loss, speed, good = Path(one["run"]).name, one["loss"], one["tokens_per_s"], one["goodput"]
+        known = [f"{loss:.4f}" if loss is not None else "", count(speed) if speed else "", share(good) if good else ""]
+        rows.append((name, one["state"], f"{one['step']:,} of {one['steps']:,}", *known))
+    widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
+    lines = ("  ".join(f"{text:<{width}}" for text, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return [f"{sweep}, a sweep of {len(each)} runs:", *(f"  {line}" for line in lines)]
+
+
 def queued(job: str) -> dict[str, str]:
     """What squeue says of a job; empty if it knows it no more, or is not there."""
     if shutil.which("squeue") is None:
@@ -168,15 +184,20 @@ def run_why(options: Why) -> int:
 
 
 def run_stop(options: Stop) -> int:
-    """Leave the stop file. Raises UserError if the folder is no launched run."""
-    launch_of(options.run)
-    stop.ask(options.run)
+    """Leave the stop file for the run, or for each unfinished one of a sweep. Raises UserError if it is neither."""
+    sweep = sweeps.is_sweep(options.run)
+    for run in sweeps.runs_of(options.run) if sweep else [options.run]:
+        launch_of(run)
+        if not sweep or status_of(run)["state"] != "finished":
+            stop.ask(run)
     print(f"{options.run}: asked to save and stop. megagpt launch resume {options.run} goes on.")
     return 0
 
 
 def run_resume(options: Resume) -> int:
-    """Submit or start the run again. Raises UserError if it is still in the queue."""
+    """Submit or start the run, or what is left of a sweep, again. Raises UserError if it is still in the queue."""
+    if sweeps.is_sweep(options.run):
+        return _resume_sweep(options.run)
     launch = launch_of(options.run)
     jobs = read_records(options.run / "launch" / "jobs.jsonl")
     if launch.kind == "slurm" and jobs and queued(jobs[-1]["job"]):
@@ -185,7 +206,10 @@ def run_resume(options: Resume) -> int:
     script = launch.launch_folder() / "job.sh"
     if launch.kind == "slurm":
         if not script.is_file():
-            raise UserError(f"{options.run} is one run of a sweep.", "Submit it by itself with megagpt launch slurm.")
+            raise UserError(
+                f"{options.run} is one run of a sweep.",
+                f"megagpt launch resume {options.run.parent} resumes them all.",
+            )
         submit.check_slurm(launch)
         job = submit.submit_slurm(script)[-1]
         submit.record(launch, job)
@@ -196,6 +220,25 @@ def run_resume(options: Resume) -> int:
         print(submit.submit_kubernetes(launch.launch_folder() / "jobset.yaml"))
         return 0
     return submit.run_here(launch, script)
+
+
+def _resume_sweep(sweep: Path) -> int:
+    """Submit the runs that are not done and not in the queue, as an array of their own."""
+    left = [run for run in sweeps.runs_of(sweep) if status_of(run)["state"] != "finished"]
+    left = [run for run in left if not queued(sweeps.newest_job(run))]
+    if not left:
+        raise UserError(f"every run of {sweep} is done, or still in the queue.", f"megagpt launch status {sweep}")
+    launches = [launch_of(run) for run in left]
+    submit.check_slurm(launches[0])
+    places = [sweeps.place_of(run) for run in left]
+    for run in left:
+        stop.forget(run)
+    array = f"--array={','.join(map(str, places))}"
+    job = submit.submit_slurm(sweep / "launch" / sweeps.SCRIPT, options=(array,))[-1]
+    for launch, place in zip(launches, places, strict=True):
+        submit.record(launch, f"{job}_{place}")
+    print(f"{sweep}: job {job}, {len(left)} runs.")
+    return 0
 
 
 def launch_of(out: Path) -> Launch:

@@ -259,7 +259,7 @@ class Heal:
     """Times that a run may go back because of a spike; one more spike, and it ends."""
     recompute_every: int = 0
     """Steps between two that are computed twice and compared bit for bit, to find faulty devices; 0: none."""
-    hang_factor: float = 10.0
+    hang_factor: float = 3.0
     """A rank hangs if it makes no progress for so many median steps plus hang_seconds."""
     hang_seconds: float = 120.0
     """See hang_factor."""

@@ -11,8 +11,10 @@ usual one. Beside it stands what is expected of the run's own numbers (Young 197
     best tau       = sqrt(2 delta M)                          (Young)
                    = sqrt(2 delta M) (1 + sqrt(delta / 2 M) / 3 + delta / 18 M) - delta, at most M      (Daly)
 
-tau: time of steps between saves; delta: a save's stall; M: time between failures; R: a restart, from the last sign of
-life to the next step. The measured share that compares with it leaves out the first start and evaluations.
+tau: time of steps that count between saves; delta: a save's stall; M: time between failures; R: a restart, from the
+last sign of life to the next step. Failures cut restarts short as well, to M (1 - exp(-R / M)) in the mean, so R is
+more than the mean that is measured. The measured share that compares with it leaves out the first start and
+evaluations.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ class Prediction:
     save: float
     """Seconds that one save holds up training: delta."""
     restart: float
+    """Seconds of one that no failure cuts short: R."""
     failures: int
     mtbf: float | None
     """Seconds between failures: as seen, else as set; None if it is neither."""
@@ -113,14 +116,14 @@ def _prediction(
     saves = sum(beat.saves for beat in beats)
     if saves < 2 or not seconds["steps"]:
         return None
-    interval = (seconds["steps"] + seconds["repeated"] + seconds["data"]) / saves
+    interval = (seconds["steps"] + seconds["data"]) / saves
     save = seconds["save"] / saves
     failures = sum(beat.ended not in ("finished", "stopped") for beat in beats[:-1])
+    mtbf = wall / failures if failures else mtbf_seconds
     restart = seconds["start"] + seconds["compile"]
     if failures:
-        first = beats[0].seconds.get("start", 0.0)
-        restart = (restart - first + seconds["lost"] + seconds["hang"]) / failures
-    mtbf = wall / failures if failures else mtbf_seconds
+        restarting = restart - beats[0].seconds.get("start", 0.0) + seconds["lost"] + seconds["hang"]
+        restart = -mtbf * math.log1p(-restarting / wall)
     if mtbf:
         share = expected_share(interval=interval, save=save, restart=restart, mtbf=mtbf)
     else:

@@ -113,24 +113,25 @@ class Watchdog:
             self._stacks.write(f"step {own.step:,}, {own.phase}, {own.beat - own.since:.1f} s without progress\n")
             self._stacks.flush()
             faulthandler.dump_traceback(self._stacks, all_threads=True)
-            beats = self._beats_of_all()
-            culprit = behind(beats, stale=own.beat - 2 * self._interval)
+            stale = own.beat - 2 * self._interval
+            beats = self._beats_of_all(stale)
+            culprit = behind(beats, stale=stale)
             first = min(beat.rank for beat in beats if beat.hanging)
-            self._tell(culprit, describe(culprit, own, stale=own.beat - 2 * self._interval), self._rank == first)
+            self._tell(culprit, describe(culprit, own, stale=stale), self._rank == first)
             sys.stdout.flush()
             sys.stderr.flush()
         finally:
             os._exit(HANG_STATUS)  # the training thread may never return, and no destructor may wait for other ranks
 
-    def _beats_of_all(self) -> Sequence[Beat]:
-        """The last beats, once every rank that is alive has found that it hangs, or will not find it in time."""
+    def _beats_of_all(self, stale: float) -> Sequence[Beat]:
+        """The last beats, once every rank that has beaten since `stale` has found that it hangs, or time is up."""
         deadline = time.monotonic() + _PATIENCE
-        while time.monotonic() < deadline:
+        while True:
             beats = read_beats(self._folder)
-            if len(beats) == self._world and all(beat.hanging for beat in beats):
-                break
+            complete = len(beats) == self._world and all(beat.hanging or beat.beat <= stale for beat in beats)
+            if complete or time.monotonic() > deadline:
+                return beats
             time.sleep(0.1)
-        return read_beats(self._folder)
 
 
 def behind(beats: Sequence[Beat], *, stale: float) -> Beat:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
 from pathlib import Path
 
 import pytest
 
+from benchmarks.goodput import Machine, simulate
 from megagpt.checkpoint.interval import best_interval
 from megagpt.heal.attempts import Beat, write_beat
 from megagpt.heal.goodput import expected_share, goodput, young
@@ -64,7 +66,7 @@ def test_attempts_and_the_time_between_them_add_up_to_the_wall_time(tmp_path):
     assert sum(split.seconds.values()) == pytest.approx(split.wall)
     assert split.predicted is not None
     assert split.predicted.failures == 1
-    assert split.predicted.restart == pytest.approx(30 + 40 + 12 + 10)
+    assert split.predicted.restart == pytest.approx(-240 * math.log(1 - (30 + 40 + 12 + 10) / 240))
     assert "goodput 39.0% of 4 min 00 s in 2 attempts: steps 39.0%, repeated 13.1%" in goodput_lines(split)[0]
     assert "lost" in goodput_section(split)
 
@@ -94,6 +96,17 @@ def simulated(*, interval: float, save: float, restart: float, mtbf: float) -> f
 def test_the_expected_share_is_that_of_a_simulated_machine(interval, save, restart, mtbf):
     expected = expected_share(interval=interval, save=save, restart=restart, mtbf=mtbf)
     assert simulated(interval=interval, save=save, restart=restart, mtbf=mtbf) == pytest.approx(expected, rel=0.02)
+
+
+def test_what_a_run_of_many_failures_measures_is_what_is_expected_of_its_own_numbers(tmp_path):
+    machine = Machine(step=2.0, every=10, save=2.0, notice=4.0, start=20.0, compile=4.0, mtbf=120.0)
+    simulate(tmp_path, machine, failures=500)
+    split = goodput(tmp_path, mtbf_hours=0)
+    assert split is not None
+    assert split.predicted is not None
+    assert split.predicted.failures == 500
+    assert 0.5 < split.comparable < 0.8
+    assert split.comparable == pytest.approx(split.predicted.share, rel=0.02)
 
 
 def test_dalys_interval_is_the_best_one_and_youngs_is_near_it():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -13,12 +14,10 @@ import pytest
 
 from megagpt import config
 from megagpt.checks import checked
-from megagpt.launch import local_slurm
-from megagpt.launch.drill import ALL, EVERY, STEPS, play
+from megagpt.errors import UserError
+from megagpt.launch.drill import ALL, ANYWHERE, EVERY, STEPS, Drill, base_launch, play, run_drill
 from megagpt.launch.shrink import VOCABULARY, shrink
-
-LACKING = local_slurm.missing()
-needs_slurm = pytest.mark.skipif(bool(LACKING), reason=f"no SLURM can be brought up here: {LACKING}")
+from tests.launch.slurm_login import login, needs_slurm
 
 
 @pytest.mark.parametrize("preset", sorted(path.stem for path in config.PRESETS.glob("*.toml")))
@@ -44,7 +43,7 @@ def test_a_cut_layout_stays_cut_when_it_shrinks():
 @pytest.fixture
 def rehearsed(corpora: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> config.Run:
     monkeypatch.setenv("HOME", str(tmp_path))  # where the faults of nodes are remembered
-    run = shrink(config.load("quickstart"), steps=40, every=10)
+    run = shrink(config.load("quickstart"), steps=30, every=10)
     mixture = {str(corpora["prose"]): 1, str(corpora["code"]): 1}
     assert run.model.vocabulary == VOCABULARY
     return dataclasses.replace(run, data=dataclasses.replace(run.data, mixture=mixture))
@@ -53,9 +52,9 @@ def rehearsed(corpora: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_pat
 @pytest.mark.slurm
 @needs_slurm
 def test_a_job_on_a_real_slurm_survives_the_death_of_a_rank_bit_for_bit(rehearsed, tmp_path):
-    verdicts = play(rehearsed, tmp_path / "drill", ("rank_kill",))
+    verdicts = play(rehearsed, base_launch(tmp_path / "drill"), ("rank_kill",))
     assert [(verdict.scene, verdict.passed, verdict.finding) for verdict in verdicts] == [
-        ("submit", True, "40 steps"),
+        ("submit", True, "30 steps"),
         ("rank_kill", True, "rank lost, then bit for bit"),
     ]
     assert verdicts[1].steps_repeated <= 10 + 1
@@ -87,6 +86,36 @@ with cluster(Shape(nodes=2)) as slurm:
 @needs_slurm
 def test_every_scene_of_the_drill_passes(rehearsed, tmp_path):
     run = shrink(config.load("quickstart"), steps=STEPS, every=EVERY)
-    verdicts = play(dataclasses.replace(run, data=rehearsed.data), tmp_path / "drill", ALL)
+    verdicts = play(dataclasses.replace(run, data=rehearsed.data), base_launch(tmp_path / "drill"), ALL)
     print(json.dumps([dataclasses.asdict(verdict) for verdict in verdicts], indent=1))
     assert [verdict.scene for verdict in verdicts if not verdict.passed] == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (Drill(scenes=("rank_kil",)), "no scene is called rank_kil. Did you mean rank_kill?"),
+        (Drill(scenes=("cable_pull",), cluster="ours"), "the scene cable_pull breaks machines"),
+        (Drill(cluster="ours"), "a drill on a real cluster needs --out"),
+    ],
+)
+def test_what_cannot_be_played_is_refused_with_the_reason(options, message):
+    with pytest.raises(UserError) as error:
+        run_drill(options)
+    assert str(error.value).startswith(message)
+
+
+@pytest.mark.slow
+@pytest.mark.slurm
+@needs_slurm
+def test_what_breaks_no_machine_is_rehearsed_on_a_cluster_that_is_known_by_its_profile(corpora, tmp_path, capsys):
+    with login(tmp_path / "shared") as here:
+        out = here.folder / "drill"
+        for name, corpus in corpora.items():
+            shutil.copytree(corpus, out / "corpora" / name)
+        status = run_drill(Drill(cluster=str(here.profile), out=out, steps=150, json=True))
+    told = json.loads(capsys.readouterr().out)
+    print(json.dumps(told, indent=1))
+    assert [verdict["scene"] for verdict in told] == list(ANYWHERE)
+    assert [verdict["finding"] for verdict in told if not verdict["passed"]] == []
+    assert status == 0

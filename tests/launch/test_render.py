@@ -9,8 +9,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
+from kubeflow_trainer_api.models.jobset_v1alpha2_job_set import JobsetV1alpha2JobSet
 
-from megagpt import cli, config
+from megagpt import cli, config, outcome
 from megagpt.errors import UserError
 from megagpt.launch import hostfile, kubernetes, refusals, slurm, torchrun
 from megagpt.launch.commands import read_hosts, spelled
@@ -91,8 +93,17 @@ def test_values_of_any_kind_reach_the_process_that_a_script_starts(tmp_path):
     assert "LINES" not in slurm.batch_script(launch, layout=LAYOUT)
 
 
+def test_the_manifest_fits_the_schema_of_jobset_and_of_the_pods_in_it():
+    manifest = yaml.safe_load(TEXTS["jobset.yaml"])
+    read = JobsetV1alpha2JobSet.from_dict(manifest)
+    assert read is not None
+    assert read.to_dict() == manifest  # a field that the schema does not know is lost on the way
+    manifest["spec"]["replicatedJobs"][0]["template"]["spec"]["backoffLimit"] = "0"
+    with pytest.raises(ValueError, match="backoffLimit"):
+        JobsetV1alpha2JobSet.from_dict(manifest)
+
+
 def test_the_manifest_says_what_jobset_asks_for():
-    yaml = pytest.importorskip("yaml")
     manifest = yaml.safe_load(TEXTS["jobset.yaml"])
     assert (manifest["apiVersion"], manifest["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
     (group,) = manifest["spec"]["replicatedJobs"]
@@ -233,3 +244,26 @@ def test_a_wrong_profile_is_refused_by_its_file_and_setting(text, message, tmp_p
         load_cluster(str(tmp_path / "c.toml"))
     assert message in str(error.value)
     assert "c.toml" in str(error.value)
+
+
+def test_a_host_that_falls_silent_after_it_began_is_at_fault_and_one_that_never_began_is_not(tmp_path):
+    launch = dataclasses.replace(LAUNCH, out=str(tmp_path), hosts=("n1", "me@n2"), nodes=2)
+    peer = outcome.ended("failed", "peer_lost", "reset", rank=0, host="inner-name")
+    assert hostfile.fault_of(launch, 1, None, {"n1": 1, "me@n2": 255}) is None
+    launch.log(1, 8).parent.mkdir(parents=True)
+    launch.log(1, 8).touch()
+    found = hostfile.fault_of(launch, 1, peer, {"n1": 1, "me@n2": 255})
+    assert found is not None
+    assert (found.cause, found.host) == ("node", "n2")
+    own = outcome.ended("failed", "corruption", "rank 9", rank=9, host="inner-name")
+    found = hostfile.fault_of(launch, 1, own, {"n1": 1, "me@n2": 255})
+    assert found is not None
+    assert (found.cause, found.host) == ("corruption", "n2")
+
+
+def test_a_launch_over_ssh_takes_the_first_good_hosts_and_says_who_is_out():
+    launch = dataclasses.replace(LAUNCH, hosts=("n1", "me@n2", "n3"), nodes=2)
+    assert hostfile.with_good_hosts(launch, {}).hosts == ("n1", "me@n2")
+    assert hostfile.with_good_hosts(launch, {"n2": "node: gone"}).hosts == ("n1", "n3")
+    with pytest.raises(UserError, match=r"1 good hosts are left, of 2 .*n2: node: gone; n3: hang"):
+        hostfile.with_good_hosts(launch, {"n2": "node: gone", "n3": "hang"})

@@ -16,7 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from megagpt import cli
+from megagpt import cli, outcome
+from megagpt.launch import faults
+from tests.launch.slurm_login import login, needs_slurm
 
 SIZES = "--model.vocabulary 512 --model.layers 1 --model.width 32 --model.heads 2 --model.context 32"
 SETTINGS = f"{SIZES} --train.eval_sequences 4 --train.eval_every 0 --report.samples 0 --gpus-per-node 2 --cpu"
@@ -43,28 +45,37 @@ def process_of_rank(rank: int, out: Path) -> int:
     raise AssertionError(f"rank {rank} was not found")
 
 
-@pytest.fixture
-def sshd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """An sshd on a loopback port, reached by an `ssh` that knows its key."""
-    if not Path(SSHD).exists() or shutil.which("ssh") is None:
-        pytest.skip("no OpenSSH server is installed (Debian: openssh-server)")
-    folder, real = tmp_path / "ssh", shutil.which("ssh")
+def ssh_files(folder: Path, *, server: str, client: str) -> None:
+    """Keys of a host and a user, and the files `sshd_config` and `config`, with these lines beside the usual ones."""
     folder.mkdir(mode=0o700)
     for name in ("host", "user"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True)
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
     files = f"HostKey {folder}/host\nAuthorizedKeysFile {folder}/user.pub\nPidFile none\nStrictModes no\n"
-    (folder / "sshd_config").write_text(f"Port {port}\nListenAddress 127.0.0.1\n{files}UsePAM no\n")
+    (folder / "sshd_config").write_text(f"{server}\n{files}UsePAM no\n")
     (folder / "config").write_text(
-        f"Host *\n  HostName 127.0.0.1\n  Port {port}\n  IdentityFile {folder}/user\n  IdentitiesOnly yes\n"
+        f"Host *\n{client}\n  IdentityFile {folder}/user\n  IdentitiesOnly yes\n"
         "  StrictHostKeyChecking no\n  UserKnownHostsFile /dev/null\n  LogLevel ERROR\n"
     )
+    Path("/run/sshd").mkdir(exist_ok=True)
+
+
+needs_sshd = pytest.mark.skipif(
+    not Path(SSHD).exists() or shutil.which("ssh") is None,
+    reason="no OpenSSH server is installed (Debian: openssh-server)",
+)
+
+
+@pytest.fixture
+def sshd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """An sshd on a loopback port, reached by an `ssh` that knows its key."""
+    folder, real = tmp_path / "ssh", shutil.which("ssh")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    ssh_files(folder, server=f"Port {port}\nListenAddress 127.0.0.1", client=f"  HostName 127.0.0.1\n  Port {port}")
     (folder / "bin").mkdir()
     (folder / "bin/ssh").write_text(f'#!/bin/sh\nexec {real} -F {folder}/config "$@"\n')
     (folder / "bin/ssh").chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}/bin:{os.environ['PATH']}")
-    Path("/run/sshd").mkdir(exist_ok=True)
     server = subprocess.Popen([SSHD, "-D", "-e", "-f", folder / "sshd_config"], stderr=subprocess.DEVNULL)
     try:
         for _ in range(100):
@@ -77,6 +88,7 @@ def sshd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         server.wait()
 
 
+@needs_sshd
 def test_two_nodes_over_ssh_train_and_leave_no_secret_anywhere(corpora, tmp_path, monkeypatch, sshd, capfd):
     """Keys reach the ranks; status, logs and why read what the run left."""
     profile = tmp_path / "c.toml"
@@ -142,3 +154,46 @@ def test_torchrun_starts_a_killed_rank_again_and_the_losses_go_on_bit_for_bit(co
     assert losses(killed) == losses(straight)
     events = [json.loads(line)["event"] for line in (killed / "events.jsonl").read_text().splitlines()]
     assert "resumed" in events
+
+
+@pytest.mark.slow
+@pytest.mark.slurm
+@needs_slurm
+@needs_sshd
+def test_over_ssh_a_node_that_dies_is_replaced_by_a_spare_and_the_losses_go_on_bit_for_bit(corpora, tmp_path):
+    with login(tmp_path / "shared") as here:
+        ssh_files(here.folder / "ssh", server="Port 2222", client="  Port 2222")
+        here.offer("ssh", "-F", str(here.folder / "ssh/config"))
+        serve = [SSHD, "-D", "-e", "-f", str(here.folder / "ssh/sshd_config")]
+        hosts = ("n1", "n2", "n3")
+        jobs = [here.slurm.command("srun", f"--nodelist={host}", *serve) for host in hosts]  # no one dies of another
+        servers = [subprocess.Popen(job, env=here.inside, stderr=subprocess.DEVNULL) for job in jobs]
+        here.profile.write_text(here.profile.read_text() + "spares = 1\n")
+        command = [sys.executable, "-m", "megagpt.cli"]
+        more = f"--cluster {here.profile} --checkpoint.every 5 --hosts n1 n2 n3"
+
+        def start(out: Path) -> subprocess.Popen[bytes]:
+            arguments = words("hostfile", corpora, out, 60, more)
+            arguments[arguments.index("--gpus-per-node") + 1] = "1"
+            return subprocess.Popen([*command, *arguments])
+
+        for node in hosts:
+            while here.run("ssh", "-F", str(here.folder / "ssh/config"), node, "echo up", check=False) != "up":
+                time.sleep(0.1)
+        straight, struck = here.folder / "straight", here.folder / "struck"
+        assert start(straight).wait(180) == 0
+        run = start(struck)
+        while not any((struck / "checkpoints").rglob("manifest.json")):
+            assert run.poll() is None
+            time.sleep(0.02)
+        here.slurm.crash("n2")
+        assert run.wait(180) == 0
+        for server in servers:
+            server.kill()
+            server.wait()
+    assert losses(struck) == losses(straight)
+    first = outcome.read(struck / "attempts/0001/outcome.json")
+    assert first is not None
+    assert (first.cause, first.host) == ("node", "n2")
+    assert {path.name for path in (struck / "attempts/0002/logs").iterdir()} == {"rank-0.log", "rank-1.log"}
+    assert list(faults.excluded(here.folder / ".local/state/megagpt/faults/rehearsal")) == ["n2"]
