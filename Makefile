@@ -19,11 +19,15 @@ fix: setup  ## Format, and mend what ruff can.
 kernels: setup  ## What the compiler makes of every kernel and table, for each architecture; needs no GPU.
 	@$(BIN)/python -m megagpt.kernels.report --full --out benchmarks/results
 bench: setup  ## The benchmarks that need no GPU; results go to benchmarks/results.
-	@$(BIN)/python benchmarks/data.py --out benchmarks/results/data.json && PYTHONPATH=. $(BIN)/python benchmarks/remote.py --out benchmarks/results/remote.json && $(BIN)/python benchmarks/train_step.py --out benchmarks/results/train_step.json && $(BIN)/python benchmarks/parallel_overhead.py --out benchmarks/results/parallel_overhead.json
+	@cd benchmarks && for name in data data_build remote train_step parallel_overhead checkpoint; do \
+		PYTHONPATH=.. ../$(BIN)/python $$name.py --out results/$$name.json || exit 1; \
+	done && ../$(BIN)/python healing.py --write
+drill: setup  ## Faults, stops and goodput on a throw-away SLURM, as root; docs/launch.md says what it needs.
+	@$(BIN)/python benchmarks/launch_drill.py --out benchmarks/results/launch_drill.json && $(BIN)/python benchmarks/goodput.py --out benchmarks/results/goodput.json
 test-gpu: setup  ## The kernels' tests on this machine's GPU instead of in the interpreter.
 	@$(BIN)/pytest tests/kernels
 bench-gpu: setup  ## The kernels' correctness and speed on this machine's GPU, beside torch's and others'.
 	@$(BIN)/python benchmarks/kernels_gpu.py --out benchmarks/results/kernels_gpu.json
 clean:  ## Remove what was built; corpora and runs stay.
 	@rm -rf .venv build *.egg-info .pytest_cache .ruff_cache && find . -name __pycache__ -prune -exec rm -rf {} +
-.PHONY: help setup demo test drills check fix kernels bench test-gpu bench-gpu clean
+.PHONY: help setup demo test drills check fix kernels bench drill test-gpu bench-gpu clean
