@@ -10,15 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from megagpt.checkpoint import lineage
-from megagpt.checkpoint.folders import _LocalFolder, folder_at
+from megagpt.checkpoint.folders import folder_at
 from megagpt.checkpoint.load import Manifest, load, load_checked, newest_valid
-from megagpt.checkpoint.save import KINDS
 from megagpt.errors import UserError
-from megagpt.parallel.state import Slice
-from tests.checkpoint.tiny import run_with_commits, save_on_two_ranks, state
+from tests.checkpoint.tiny import counting_bytes, equal, run_with_commits, save_on_two_ranks, state
 
 TRIALS = 600
 FILES = ("manifest.json", "rank-00000.safetensors", "rank-00001.safetensors", "start.json")
@@ -30,15 +27,6 @@ def holds(manifest: Manifest | None, step: int) -> bool:
     found = state(0)
     load(manifest, found)
     return equal(found, state(step))
-
-
-def equal(found: list[Slice], expected: list[Slice]) -> bool:
-    """Whether two states are the same, bit for bit."""
-    return all(
-        torch.equal(getattr(a, kind).view(torch.int32), getattr(b, kind).view(torch.int32))
-        for a, b in zip(expected, found, strict=True)
-        for kind in KINDS
-    )
 
 
 def damage(path: Path, kind: str, rng: random.Random) -> None:
@@ -87,20 +75,13 @@ def test_damage_to_the_only_checkpoint_refuses_the_run(tmp_path):
         newest_valid(root)
 
 
-def test_a_rank_reads_each_byte_of_its_share_of_the_files_once(tmp_path, monkeypatch):
+def test_a_rank_reads_each_byte_of_its_share_of_the_files_once(tmp_path):
     root = run_with_commits(tmp_path, (10, 20))
     manifest, _ = newest_valid(root)
     assert manifest is not None
-    read: dict[str, int] = {}
-    read_into = _LocalFolder.read_into
-
-    def counting(self: _LocalFolder, name: str, start: int, buffer: memoryview) -> None:
-        read[name] = read.get(name, 0) + len(buffer)
-        read_into(self, name, start, buffer)
-
-    monkeypatch.setattr(_LocalFolder, "read_into", counting)
     found = state(0)
-    assert load_checked(manifest, found) is None
+    with counting_bytes(root) as read:
+        assert load_checked(manifest, found) is None
     assert equal(found, state(20))
     assert read == {part["file"]: part["bytes"] for part in manifest.header["files"]}
 

@@ -8,8 +8,8 @@ from megagpt.checkpoint import lineage
 from megagpt.checkpoint.folders import Folder, folder_at
 from megagpt.checkpoint.load import load_checked, newest_valid
 from megagpt.errors import UserError
-from tests.checkpoint.test_faults import equal, holds
-from tests.checkpoint.tiny import run_with_commits, state
+from tests.checkpoint.test_faults import holds
+from tests.checkpoint.tiny import counting_bytes, equal, run_with_commits, state
 
 
 @pytest.fixture(scope="module")
@@ -58,22 +58,14 @@ def test_damage_on_an_object_store_is_found_and_the_commit_before_used(root):
     assert holds(manifest, 20)
 
 
-def test_a_load_downloads_each_file_once(root, monkeypatch):
+def test_a_load_downloads_each_file_once(root):
     manifest, _ = newest_valid(root)
     assert manifest is not None
-    asked: dict[str, int] = {}
-    kind = type(root)
-    read_into = kind.read_into
-
-    def counting(self: Folder, name: str, start: int, buffer: memoryview) -> None:
-        asked[name] = asked.get(name, 0) + len(buffer)
-        read_into(self, name, start, buffer)
-
-    monkeypatch.setattr(kind, "read_into", counting)
     found = state(0)
-    assert load_checked(manifest, found) is None
+    with counting_bytes(root) as read:
+        assert load_checked(manifest, found) is None
     assert equal(found, state(30))
-    assert asked == {part["file"]: part["bytes"] for part in manifest.header["files"]}
+    assert read == {part["file"]: part["bytes"] for part in manifest.header["files"]}
 
 
 def test_of_two_attempts_on_an_object_store_one_gets_the_number(root):

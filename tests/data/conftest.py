@@ -60,3 +60,10 @@ def make_corpus(tmp_path: Path) -> MakeCorpus:
         return open_corpus(folder)
 
     return make
+
+
+@pytest.fixture
+def three_corpora(make_corpus: MakeCorpus) -> list[Corpus]:
+    """Small ones, of several shards each."""
+    heldout = random_documents(9, 12, 30)
+    return [make_corpus(f"c{seed}", random_documents(seed, 30, 40), heldout, a_shard=11) for seed in range(3)]

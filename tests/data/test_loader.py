@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import threading
 from collections.abc import Iterator
 from itertools import islice
@@ -17,7 +16,6 @@ from megagpt.data.corpus import Corpus
 from megagpt.data.loader import heldout_batches, train_batches, train_steps
 from megagpt.data.order import Cursor, Packing
 from megagpt.data.prefetch import Prefetched
-from megagpt.data.substitute import with_substitutes
 from megagpt.errors import UserError
 from tests.data.conftest import MakeCorpus, random_documents
 
@@ -26,9 +24,8 @@ PACKINGS: tuple[Packing, ...] = ("chunk", "best_fit")
 
 
 @pytest.fixture
-def corpora(make_corpus: MakeCorpus) -> list[Corpus]:
-    heldout = random_documents(9, 12, 30)
-    return [make_corpus(f"c{seed}", random_documents(seed, 30, 40), heldout, a_shard=11) for seed in range(3)]
+def corpora(three_corpora: list[Corpus]) -> list[Corpus]:
+    return three_corpora
 
 
 def cursor_of(corpora: list[Corpus], packing: Packing = "chunk", weights: tuple[int, ...] = (3, 2, 1)) -> Cursor:
@@ -78,49 +75,6 @@ def test_a_step_has_the_same_rows_on_any_number_of_ranks_and_micro_batches(
     for ranks, micro_batch in ((1, 12), (2, 3), (2, 2), (4, 1), (4, 3), (12, 1)):
         again = read(corpora, cursor, 5, ranks=ranks, micro_batch=micro_batch)
         assert all(torch.equal(a, b) for a, b in zip(alone, again, strict=True))
-
-
-@pytest.mark.parametrize("packing", PACKINGS)
-def test_no_token_of_a_lost_block_is_read_from_there_on_and_all_else_stays(
-    corpora: list[Corpus], packing: Packing
-) -> None:
-    first, stop = 40, 95
-    cursor = cursor_of(corpora, packing).advanced(36)
-    losing = Cursor.from_dict(cursor.losing(0, first, stop).to_dict())
-    table = pack.open_sequences(corpora[0], "train", context=T, packing=packing)
-    touching = [any(at < stop and at + size > first for at, size in table.pieces(n)) for n in range(table.count)]
-    assert table.holding(first, stop).tolist() == np.flatnonzero(touching).tolist()
-
-    positions = np.arange(240)
-    tables = {n: pack.open_sequences(corpus, "train", context=T, packing=packing) for n, corpus in enumerate(corpora)}
-    which, planned = order.sequences(losing, positions)
-    found = with_substitutes(losing, tables, positions, which, planned)
-    replaced = (which == 0) & (positions >= 36) & np.array(touching)[planned * (which == 0)]
-    assert replaced.sum() > 10
-    assert (found[~replaced] == planned[~replaced]).all()
-    assert not np.array(touching)[found[replaced]].any()
-    assert len(np.unique(found[replaced])) > replaced.sum() // 3  # spread over the corpus
-
-    rows = torch.cat(read(corpora, losing, 17, ranks=2))
-    for row, corpus, number in zip(rows, which[36:].tolist(), found[36:].tolist(), strict=True):
-        expected = np.zeros(T + 1, dtype=np.uint16)
-        tables[corpus].fill(number, expected)
-        assert row[1 : 1 + T].tolist() == expected[:T].tolist()
-
-
-def test_a_run_that_loses_block_after_block_ends(corpora: list[Corpus]) -> None:
-    cursor = cursor_of(corpora)
-    for number in range(16):
-        cursor = cursor.losing(1, number * 40, number * 40 + 40)
-    assert len(json.dumps(cursor.to_dict())) < 2048
-    with pytest.raises(UserError, match="16 blocks of this run's corpora are broken already, and now one more"):
-        cursor.losing(1, 640, 680)
-
-
-def test_a_corpus_of_which_all_is_lost_ends_the_run(corpora: list[Corpus]) -> None:
-    cursor = cursor_of(corpora).losing(0, 0, corpora[0].split("train").tokens)
-    with pytest.raises(UserError, match="has hardly a sequence that is not broken"):
-        read(corpora, cursor, 1)
 
 
 def test_the_rows_are_those_that_the_order_names(corpora: list[Corpus]) -> None:

@@ -83,7 +83,6 @@ def plain_best_fit(lengths: list[int], context: int) -> list[int]:
     return sorted(room)
 
 
-@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)  # neither is a matter of the plan
 @given(st.integers(1, 40), st.data())
 def test_the_plan_fills_rows_as_placing_one_piece_at_a_time_would(context: int, data: st.DataObject) -> None:
     lengths = sorted(data.draw(st.lists(st.integers(1, context), min_size=1, max_size=60)), reverse=True)

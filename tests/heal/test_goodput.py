@@ -14,24 +14,7 @@ from megagpt.checkpoint.interval import best_interval
 from megagpt.heal.attempts import Beat, write_beat
 from megagpt.heal.goodput import expected_share, goodput, young
 from megagpt.report.goodput import goodput_lines, goodput_section
-
-BEAT = Beat(
-    rank=0,
-    host="node1",
-    began=1000.0,
-    beat=1100.0,
-    phase="step",
-    step=40,
-    since=1099.0,
-    place="train.py:90 step",
-    waiting=False,
-    hanging=False,
-    ended="",
-    saves=4,
-    repeats_first=False,
-    median_step=1.5,
-    seconds={"start": 10.0, "compile": 6.5, "data": 1.0, "step": 70.5, "save": 8.0, "evaluation": 4.0},
-)
+from tests.heal.beats import BEAT
 
 
 def attempts(out: Path, *beats: Beat) -> Path:
