@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from functools import partial
 
 import pytest
@@ -16,19 +17,41 @@ from megagpt.checkpoint.load import newest_valid
 from megagpt.errors import UserError
 from megagpt.heal.goodput import expected_share
 from megagpt.parallel import ranks
+from megagpt.parallel.state import Slice
 from tests.checkpoint.test_faults import holds
 from tests.checkpoint.tiny import header, state
 from tests.ranks import on_ranks
 
 
-def test_what_changes_after_the_copy_does_not_reach_the_checkpoint(tmp_path):
-    parts, copy = state(10), HostCopy()
+class _Held(HostCopy):
+    """Copies only when it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.go = threading.Event()
+
+    def take(self, owned: Sequence[Slice]) -> list[Slice]:
+        assert self.go.wait(60)
+        return super().take(owned)
+
+
+def test_an_update_waits_for_the_copy_and_what_it_changes_does_not_reach_the_checkpoint(tmp_path):
+    parts, copy = state(10), _Held()
     root = folder_at(tmp_path)
     folder = lineage.commit_folder(root, lineage.begin(root, None), 10)
     work = BackgroundSave(folder, parts, copy, header=header(10), rank=0, ranks=1)
-    work.wait_for_copy()
-    for part in parts:
-        part.weight.fill_(torch.nan)
+
+    def change() -> None:
+        work.wait_for_copy()
+        for part in parts:
+            part.weight.fill_(torch.nan)
+
+    update = threading.Thread(target=change)
+    update.start()
+    update.join(0.1)
+    assert update.is_alive()
+    copy.go.set()
+    update.join()
     work.finish()
     assert holds(newest_valid(root)[0], 10)
 
