@@ -17,7 +17,7 @@ from megagpt.checkpoint.folders import folder_at, sealed, unsealed
 from megagpt.checkpoint.load import newest_valid
 from megagpt.config import Checkpoint, Parallel
 from megagpt.parallel import place
-from tests.test_train import TRAIN, fit, losses, records, run_of
+from tests.test_train import MODEL, TRAIN, fit, losses, records, run_of
 
 
 def by_definition(value: torch.Tensor) -> int:
@@ -90,7 +90,8 @@ def begun(corpora: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
 
 def three(corpora: dict[str, Path], steps: int = 3) -> Any:
     train = dataclasses.replace(TRAIN, steps=steps, eval_every=0)
-    return run_of(corpora, parallel=Parallel(tensor=2), train=train, checkpoint=Checkpoint(every=0))
+    model = dataclasses.replace(MODEL, kv_heads=1)  # both ranks hold it, and one answers for it
+    return run_of(corpora, model=model, parallel=Parallel(tensor=2), train=train, checkpoint=Checkpoint(every=0))
 
 
 def test_a_load_is_proven_equal_to_the_manifest_and_says_so(corpora, begun, tmp_path, capfd):
