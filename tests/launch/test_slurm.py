@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from megagpt import cli
+from megagpt import cli, stop
 from megagpt.launch import sweeps
 from megagpt.launch.named_slurm import NamedCluster
 from tests.launch.slurm_login import Login, login, needs_slurm
@@ -105,6 +105,10 @@ def test_a_sweep_is_told_of_and_resumed_as_a_whole_and_leaves_no_secret(here, co
     assert len({steps(run)[-1]["loss"] for run in sweeps.runs_of(out)}) == 2
     assert cli.main(["launch", "resume", str(out)]) == 2  # all are done
     assert holding(here.folder, SECRET) == []
+    (cancelled / "events.jsonl").write_text("")
+    shutil.rmtree(cancelled / "attempts")
+    assert cli.main(["launch", "stop", str(out)]) == 0
+    assert [stop.asked(run) for run in sweeps.runs_of(out)] == [None, "asked"]  # one is done, and stays so
 
 
 def test_a_blow_on_a_real_cluster_hits_the_ranks_of_its_job_on_that_node_and_nothing_else(here):
