@@ -67,15 +67,15 @@ def _word(cause: Cause, message: str, *, rank: int, host: str, step: int) -> out
     return dataclasses.replace(outcome.ended("failed", cause, message, rank=rank, step=step), host=host)
 
 
-def _skipped_after(step: int, journal: Journal, *, fp16: bool) -> list[int]:
-    """The last steps after `step` that count for heal.skip_budget, from the events of earlier attempts.
+def _skipped_before(journal: Journal, *, fp16: bool) -> list[int]:
+    """The last steps that count for heal.skip_budget, from the events of earlier attempts.
 
     The rank that speaks has the events and tells the others, which judge as it does. Every rank must call it.
     """
     found = {
         event["step"]
         for event in journal.events()
-        if event["event"] == "skipped" and event["step"] > step and not (fp16 and event["cause"] == OVERFLOW)
+        if event["event"] == "skipped" and not (fp16 and event["cause"] == OVERFLOW)
     }
     newest = sorted(found)[-SKIP_WINDOW:]
     told = ranks.sum_over_ranks([float(at) for at in [*newest, *[0] * (SKIP_WINDOW - len(newest))]])
@@ -97,7 +97,7 @@ class Healer:
         self._run, self._saver, self._corpora = run, saver, corpora
         self._journal, self._clock = journal, clock
         self._health = Health(run.heal, progress.health, fp16=run.train.precision == "fp16")
-        self._health.skipped_before(_skipped_after(progress.step, journal, fp16=run.train.precision == "fp16"))
+        self._health.skipped_before(_skipped_before(journal, fp16=run.train.precision == "fp16"))
         self._times, self._stores = OwnTimes(), StoreTimes(corpora)
 
     def examine(self, done: Step, progress: Progress) -> Progress | None:

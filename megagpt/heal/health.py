@@ -44,7 +44,7 @@ class Health:
         return {"losses": self._losses, "streak": self._streak, "skips": self._skips, "rollbacks": self.rollbacks}
 
     def skipped_before(self, steps: Sequence[int]) -> None:
-        """Count also these steps, which were skipped after the run was saved, in an attempt that ended then."""
+        """Count also these steps of earlier attempts: some were skipped after the run was saved."""
         self._skips = sorted({*self._skips, *steps})
 
     def judge(self, done: Step, step: int) -> Verdict:

@@ -49,7 +49,8 @@ def test_a_falling_loss_is_no_spike_however_far_it_falls():
 
 def test_a_step_that_is_skipped_again_after_a_restart_counts_once():
     health = Health(HEAL, {"skips": [5]}, fp16=False)
-    health.skipped_before([7])
+    health.skipped_before([5, 7])
+    assert health.state()["skips"] == [5, 7]
     for step in (7, 7):
         assert health.judge(done(skipped=True), step) == "skipped"
     assert health.state()["skips"] == [5, 7]
