@@ -34,7 +34,9 @@ def tokenizer() -> Tokenizer:
     return train_tokenizer([*texts(1, 30), *HARD], 400)
 
 
-def test_every_text_has_the_same_ids(tokenizer: Tokenizer) -> None:
+@pytest.mark.parametrize("end_of_text", [0, 9])
+def test_every_text_has_the_same_ids(tokenizer: Tokenizer, end_of_text: int) -> None:
+    tokenizer = replace(tokenizer, end_of_text=end_of_text)
     fast = with_gigatoken(tokenizer, HARD)
     for text in [*HARD, *texts(2, 50)]:
         assert fast.encode_document(text).tolist() == tokenizer.encode_document(text).tolist()
