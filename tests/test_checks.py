@@ -6,7 +6,7 @@ import pytest
 
 from megagpt import config
 from megagpt.checks import check_world, checked, costs_of
-from megagpt.config import Data, Model, Optim, Parallel, Run, Train
+from megagpt.config import Checkpoint, Data, Model, Optim, Parallel, Run, Train
 from megagpt.errors import UserError
 
 GOOD = Run(data=Data(mixture={"corpus": 1}))
@@ -53,6 +53,8 @@ def test_every_preset_passes_once_it_has_data(name):
         ("parallel", Parallel(offload=True, pipeline=2), "or no parallel.offload"),
         ("train", Train(guard_every=-1), "train.guard_every = -1 must be at least 0"),
         ("parallel", Parallel(data=0), "parallel.data = 0 must be at least 1"),
+        ("checkpoint", Checkpoint(keep=0), "checkpoint.keep = 0 must be at least 1"),
+        ("checkpoint", Checkpoint(local_every=0), "checkpoint.local_every = 0 must be at least 1"),
         ("data", Data(), "data.mixture names no corpus"),
         ("data", Data(mixture={"a": 1}, max_epochs=0), "data.max_epochs = 0 must be at least 1"),
         ("data", Data(mixture={"a": 1}, window=4, packing="best_fit"), 'data.window needs data.packing = "chunk"'),

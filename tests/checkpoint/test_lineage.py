@@ -4,7 +4,16 @@ from pathlib import Path
 
 from megagpt.checkpoint import lineage
 from megagpt.checkpoint.folders import folder_at
-from megagpt.checkpoint.lineage import MANIFEST, Unusable, begin, commit_folder, commits, history, retain
+from megagpt.checkpoint.lineage import (
+    MANIFEST,
+    Unusable,
+    begin,
+    commit_folder,
+    commits,
+    descends_from,
+    history,
+    retain,
+)
 
 
 def commit(root: Path, generation: int, step: int) -> None:
@@ -33,6 +42,16 @@ def test_what_an_old_attempt_commits_after_a_newer_began_is_never_read(tmp_path)
     assert steps(tmp_path) == [(1, 10)]
     commit(tmp_path, second, 20)
     assert steps(tmp_path) == [(2, 20), (1, 10)]
+
+
+def test_what_the_newest_attempt_descends_from_ends_with_the_commit_that_it_began_from(tmp_path):
+    root = folder_at(tmp_path)
+    assert descends_from(root, 1, 5)  # nobody knows otherwise
+    first = begin(root, None)
+    commit(tmp_path, first, 10)
+    second = begin(root, next(commits(root)))
+    asked = [(first, 10), (first, 11), (second, 99), (second + 1, 5)]
+    assert [descends_from(root, *each) for each in asked] == [True, False, True, False]
 
 
 def test_an_attempt_that_began_from_nothing_hides_all_before_it(tmp_path):
