@@ -36,8 +36,11 @@ setup(
         "tensorboard": ["tensorboard>=2.17"],
         "wandb": ["wandb>=0.17"],
         "s3": ["s3fs>=2025.2"],
+        "gs": ["gcsfs>=2025.2"],
         "fast": ["gigatoken>=0.10"],
         "dev": [
+            "gcp-storage-emulator>=2026.7",
+            "gcsfs>=2025.2",
             "gigatoken>=0.10",
             "hypothesis>=6.100",
             "kubeflow-trainer-api>=2.3",

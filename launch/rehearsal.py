@@ -86,9 +86,8 @@ class Rehearsal:
         return [ended for ended in found if ended is not None]
 
     def nodes(self) -> list[str]:
-        """Where the ranks of the newest attempt are, in the order of ranks."""
-        newest = self.attempts()[-1]
-        return (newest / "nodes").read_text().split()
+        """Where the ranks of the newest attempt that has started any are, or were, in the order of ranks."""
+        return max(self.out.glob("attempts/[0-9]*/nodes")).read_text().split()
 
     def state(self) -> str:
         text = self.slurm.run("scontrol", "--oneliner", "show", "job", self.jobs[-1])

@@ -28,15 +28,11 @@ class Command:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command that `arguments` (or sys.argv) name; returns the exit status."""
     words = sys.argv[1:] if arguments is None else arguments
-    if not words or words[0] in ("-h", "--help", "help"):
-        print(_help())
-        return 0
-    if words[0] in ("-V", "--version"):
-        print(f"megagpt {__version__}")
-        return 0
     try:
-        name, rest = _split(words)
-        return COMMANDS[name].run(rest)
+        try:
+            return _run(words)
+        finally:
+            sys.stdout.flush()
     except UserError as error:
         print(f"megagpt: {error}", file=sys.stderr)
         return error.exit_status
@@ -46,6 +42,17 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()  # the reader has gone (megagpt ... | head): nothing is left to say, and nobody to say it to
         return 141
+
+
+def _run(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0
+    if words[0] in ("-V", "--version"):
+        print(f"megagpt {__version__}")
+        return 0
+    name, rest = _split(words)
+    return COMMANDS[name].run(rest)
 
 
 def _split(words: list[str]) -> tuple[str, list[str]]:
@@ -66,7 +73,7 @@ def _split(words: list[str]) -> tuple[str, list[str]]:
 def _help(names: list[str] | None = None) -> str:
     lines = ["megagpt: pre-train GPT models, from a laptop to a SLURM cluster.", ""]
     for name in names or COMMANDS:
-        lines += [f"  megagpt {name:<15} {COMMANDS[name].summary}", f"  {'':<23} {COMMANDS[name].example}"]
+        lines += [f"  megagpt {name:<17} {COMMANDS[name].summary}", f"  {'':<25} {COMMANDS[name].example}"]
     lines += ["", "Every command explains its options with --help; those that report take --json."]
     return "\n".join(lines)
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -38,6 +39,16 @@ def folder(corpora: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
 def test_help_imports_nothing_heavy():
     code = "import sys, megagpt.cli; megagpt.cli.main(['--help']); sys.exit(bool({'torch', 'tyro'} & {*sys.modules}))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize("words", ["--help", "launch --help", "train --help"])
+def test_a_reader_that_goes_away_is_no_error(words):
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "megagpt.cli", *words.split()]
+    ended = subprocess.run(command, stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert (ended.returncode, ended.stderr) == (141, b"")
 
 
 @pytest.mark.parametrize("name", list(cli.COMMANDS))

@@ -206,7 +206,8 @@ def _file_system(url: str) -> tuple[Any, str]:
     try:
         files, root = fsspec.core.url_to_fs(url, **options)
     except ImportError as error:
-        extra = "pip install 'megagpt[s3]'" if scheme.startswith("s3") else f"pip install the package: {error}"
+        own = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}.get(scheme)
+        extra = f"pip install 'megagpt[{own}]'" if own else f"pip install the package: {error}"
         raise UserError(f"{scheme}:// needs a package that is not installed ({error}).", f"{extra}.") from error
     except ValueError as error:
         raise UserError(f"no store is known for {redacted(url)} ({error}).", "Such as s3://, gs://, hf://.") from error

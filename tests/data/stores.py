@@ -212,3 +212,23 @@ def use_server(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
     import s3fs
 
     s3fs.S3FileSystem.clear_instance_cache()
+
+
+@contextlib.contextmanager
+def gs_server(monkeypatch: pytest.MonkeyPatch, folder: Path, bucket: str, prefix: str) -> Iterator[None]:
+    """A Google Cloud Storage (its emulator) on the loopback interface, with a folder's files, for this process."""
+    import gcsfs
+    from gcp_storage_emulator.server import create_server
+
+    server = create_server("127.0.0.1", 0, in_memory=True, default_bucket=bucket)
+    server.start()
+    try:
+        port = server._api._httpd.server_address[1]
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
+        monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # asked for by gRPC, which it does not speak
+        gcsfs.GCSFileSystem.clear_instance_cache()
+        gcsfs.GCSFileSystem().put(f"{folder}/", f"{bucket}/{prefix}/", recursive=True)
+        yield
+    finally:
+        server.stop()
+        gcsfs.GCSFileSystem.clear_instance_cache()

@@ -19,7 +19,7 @@ from megagpt.data.store import Patience, Store, Unreachable
 from megagpt.errors import UserError
 from megagpt.heal.stores import StoreTimes
 from tests.data.conftest import MakeCorpus, random_documents
-from tests.data.stores import Faults, allow_anyone, proxy, s3_server, upload, use_server
+from tests.data.stores import Faults, allow_anyone, gs_server, proxy, s3_server, upload, use_server
 
 T = 16
 MODES = ("shards", "blocks")
@@ -78,6 +78,18 @@ def test_a_corpus_in_a_store_gives_the_batches_of_the_same_corpus_in_a_folder(
     assert remote.fingerprint == local.fingerprint
     assert remote.name == "corpus"
     assert same(read(remote, 100, packing), read(local, 100, packing))
+
+
+def test_a_corpus_in_google_cloud_storage_gives_the_batches_of_the_same_corpus_in_a_folder(
+    make_corpus: MakeCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local = make_corpus("corpus", random_documents(5, 300, 60), random_documents(6, 12, 30), a_shard=30)
+    with gs_server(monkeypatch, local.folder, "bucket", "corpus"):
+        for mode in MODES:
+            remote = open_corpus("gs://bucket/corpus", settings(tmp_path / mode, mode))
+            assert same(read(remote, 100), read(local, 100))
+        with pytest.raises(UserError, match=r"there is no gs://bucket/elsewhere/manifest\.json"):
+            open_corpus("gs://bucket/elsewhere", settings(tmp_path))
 
 
 @pytest.mark.parametrize("mode", MODES)
