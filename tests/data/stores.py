@@ -223,6 +223,7 @@ def gs_server(monkeypatch: pytest.MonkeyPatch, folder: Path, bucket: str, prefix
     server = create_server("127.0.0.1", 0, in_memory=True, default_bucket=bucket)
     server.start()
     try:
+        assert server._api._httpd is not None
         port = server._api._httpd.server_address[1]
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
         monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # asked for by gRPC, which it does not speak
