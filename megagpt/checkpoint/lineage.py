@@ -86,7 +86,10 @@ def _line(root: Folder) -> Iterator[tuple[int, int | None] | Unusable]:
         folder = root / _generation_name(generation)
         try:
             parent = unsealed(folder.read(START))["parent"]
-            generation, limit = (parent["generation"], parent["step"]) if parent else (0, None)
+            before, limit = (parent["generation"], parent["step"]) if parent else (0, None)
+            if not 0 <= before < generation:
+                raise ValueError(f"it continues from attempt {before}, which is no earlier one")
+            generation = before
         except (OSError, ValueError, KeyError, TypeError) as error:
             if _steps(folder) or folder.exists(START):  # else the attempt never began
                 yield Unusable(f"{folder}/{START} cannot be read: {error}")

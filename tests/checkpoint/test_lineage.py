@@ -2,10 +2,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from megagpt.checkpoint import lineage
-from megagpt.checkpoint.folders import folder_at
+from megagpt.checkpoint.folders import folder_at, sealed
 from megagpt.checkpoint.lineage import (
     MANIFEST,
+    Commit,
     Unusable,
     begin,
     commit_folder,
@@ -103,3 +106,12 @@ def test_a_commit_of_an_attempt_whose_start_is_lost_is_still_found(tmp_path):
     (tmp_path / "gen-0002" / "start.json").unlink()
     assert steps(tmp_path) == [(2, 20), (1, 10)]
     assert [found.fault for found in history(folder_at(tmp_path)) if isinstance(found, Unusable)]
+
+
+@pytest.mark.parametrize("parent", [1, 2, -1])
+def test_an_attempt_that_claims_to_continue_from_no_earlier_one_ends_the_line(tmp_path, parent):
+    start = sealed({"parent": {"generation": parent, "step": 10}})
+    assert (folder_at(tmp_path) / "gen-0001").create("start.json", start)
+    commit(tmp_path, 1, 10)
+    found = list(history(folder_at(tmp_path)))
+    assert [type(one) for one in found] == [Commit, Unusable]

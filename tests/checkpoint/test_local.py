@@ -117,6 +117,37 @@ def test_with_all_copies_lost_the_checkpoint_is_used(killed, trial, capfd):
     assert losses(trial / "run") == losses(killed[1])
 
 
+def lose_the_checkpoints(trial: Path) -> None:
+    shutil.rmtree(trial / "run" / "checkpoints")
+
+
+def lose_the_shared_folder(trial: Path) -> None:
+    """All of the run's folder; who starts anew in another one names the copies by the folder that they are in."""
+    shutil.rmtree(trial / "run")
+    (trial / "run").mkdir()
+    (kept,) = (trial / "node-0").iterdir()
+    (trial / "run" / "local-copies.id").write_text(kept.name)
+
+
+@pytest.mark.parametrize("fault", [lose_the_checkpoints, lose_the_shared_folder])
+def test_without_any_checkpoints_the_nodes_go_on_and_save_in_another_folder(killed, trial, fault, capfd):
+    run, straight, _ = killed
+    fault(trial)
+    elsewhere = dataclasses.replace(run.checkpoint, folder=str(trial / "elsewhere"))
+    run = dataclasses.replace(run, checkpoint=elsewhere)
+    assert fit(run, trial, before=kill_at(7, rank=2)) == KILLED
+    assert "loaded the nodes' own copies of step 5" in capfd.readouterr().out
+    for node in (0, 1):
+        shutil.rmtree(trial / f"node-{node}")
+    assert fit(run, trial) == 0
+    said = capfd.readouterr().out
+    assert f"{trial}/elsewhere/gen-0002/step-000000006: " in said
+    assert "proven equal" in said
+    known = losses(trial / "run")
+    assert known == losses(straight)[-len(known) :]
+    assert len(known) == (8 if fault is lose_the_checkpoints else 3)
+
+
 def test_two_states_are_kept_and_those_of_another_run_are_left_alone(killed, trial):
     run, straight, _ = killed
     for node in (0, 1):
