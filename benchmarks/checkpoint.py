@@ -138,7 +138,7 @@ def background(engine: Any, folder: Path, rounds: int) -> dict[str, Any]:
         def step(waits: list[float] = waits) -> BackgroundSave:
             began = time.perf_counter()
             work = BackgroundSave(folder_at(folder / "background"), owned, copy, **arguments)
-            engine.before_next_update(lambda: waits.append(seconds(work.wait_for_copy)))
+            engine.before_next_update(lambda: waits.append(seconds(work.copied.wait)))
             waits.append(time.perf_counter() - began)
             engine.train_batch([batch], lr=1e-4)
             return work
@@ -147,7 +147,7 @@ def background(engine: Any, folder: Path, rounds: int) -> dict[str, Any]:
         work = step()
         row["step_with_save"] = time.perf_counter() - began
         work.finish()
-        row["stall"], row["copy"] = sum(waits), work.copy_seconds
+        row["stall"], row["copy"] = sum(waits), work.copied.seconds
         for name in ("waited", "background"):
             shutil.rmtree(folder / name)
         if number:  # the first one allocates

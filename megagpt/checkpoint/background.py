@@ -2,11 +2,11 @@
 
     begin     a thread copies the state into buffers that are kept from save to save, then hashes and writes them
     copied    the next update of the state waits for the copy; forward and backward passes only read it, and do not
-    settle    at every step's end: have all ranks written? then rank 0's thread commits; is that done? then it is over
+    settle    at every step's end: have all ranks done their part? then the next phase begins, such as rank 0's commit
 
 No thread ever calls a collective: what threads found is agreed at the ends of steps, by all ranks, with one number.
 So a failure on one rank surfaces on all of them at the same step, and the commit is never early. There is at most one
-save at a time, and at most one copy of the state.
+save of a kind at a time, and at most one copy of the state for it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,10 +25,11 @@ from torch import Tensor
 from megagpt.checkpoint.folders import Folder
 from megagpt.checkpoint.save import KINDS, commit, not_written, write_part
 from megagpt.errors import UserError
-from megagpt.parallel.ranks import lowest_over_ranks
+from megagpt.parallel.ranks import lowest_over_ranks, rank, world_size
 from megagpt.parallel.state import Slice
 
-_FAILED, _BUSY, _DONE = 0, 1, 2
+_BUSY, _DONE = 0, 1
+"""Below them, rank - ranks: the rank that failed."""
 
 
 class HostCopy:
@@ -69,8 +70,79 @@ def _beside_training(devices: set[torch.device]) -> Iterator[None]:
     stream.synchronize()
 
 
+class Snapshot:
+    """A copy of a rank's state that a thread will make; nobody may change the state before `wait` has returned."""
+
+    def __init__(self, state: Sequence[Slice], copy: HostCopy) -> None:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # the last update has been launched, and is over now
+        self._state, self._copy = state, copy
+        self._copied = threading.Event()
+        self.seconds = 0.0
+        """What the copy took, once it is made."""
+
+    def take(self) -> list[Slice]:
+        """Make the copy."""
+        began = time.perf_counter()
+        try:
+            return self._copy.take(self._state)
+        finally:
+            self.seconds = time.perf_counter() - began
+            self._copied.set()
+
+    def wait(self) -> None:
+        """Wait until the state may change again."""
+        self._copied.wait()
+
+
+class Failed(Exception):
+    """A phase failed on some rank. Raised on all of them."""
+
+    def __init__(self, words: str, *, here: bool) -> None:
+        super().__init__(words)
+        self.here = here
+        """Whether it failed on this rank, which alone knows why."""
+
+
+class Phases:
+    """Work of a thread on every rank, in phases: the next begins when all ranks have done the one before.
+
+    What stands between two phases is done in the training thread, and may be a collective. All ranks must make one,
+    settle and finish it together.
+    """
+
+    def __init__(self, phases: Iterator[Callable[[], None]]) -> None:
+        self._phases = phases
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._work: Future[None] = self._pool.submit(next(phases))
+
+    def settle(self) -> bool:
+        """Whether the last phase is done everywhere; does not wait. Raises Failed on all ranks if one failed."""
+        problem = self._work.exception() if self._work.done() else None
+        if problem is not None and not isinstance(problem, OSError | UserError):
+            raise problem  # a fault of ours: this rank ends with it, and the launcher ends the others
+        ranks = world_size()
+        agreed = lowest_over_ranks(rank() - ranks if problem else _DONE if self._work.done() else _BUSY)
+        if agreed < 0:
+            self._pool.shutdown()
+            words = str(problem) if problem else f"rank {agreed + ranks} failed, see its message"
+            raise Failed(words, here=problem is not None)
+        if agreed == _BUSY:
+            return False
+        following = next(self._phases, None)
+        if following is None:
+            self._pool.shutdown()
+            return True
+        self._work = self._pool.submit(following)
+        return False
+
+    def wait(self) -> None:
+        """Wait until this rank has done its phase."""
+        wait([self._work])
+
+
 class BackgroundSave:
-    """One save in progress, on this rank. All ranks must begin, settle and finish it together."""
+    """One save of a checkpoint in progress, on this rank. All ranks must begin, settle and finish it together."""
 
     def __init__(
         self,
@@ -82,53 +154,29 @@ class BackgroundSave:
         rank: int,
         ranks: int,
     ) -> None:
-        """Begin to copy and write `owned`, which nobody may change before `wait_for_copy` has returned."""
+        """Begin to copy and write `owned`, which nobody may change before `copied.wait` has returned."""
         self.folder = folder
-        self.copy_seconds = 0.0
-        """What the copy took, once it is made."""
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()  # the last update has been launched, and is over now
-        self._owned, self._copy, self._rank = owned, copy, rank
-        self._copied = threading.Event()
-        self._phase: Literal["parts", "commit"] = "parts"
-        self._commit: Callable[[], None] = lambda: commit(folder, header, ranks) if rank == 0 else None
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._work: Future[None] = self._pool.submit(self._write)
+        self.copied = Snapshot(owned, copy)
 
-    def _write(self) -> None:
-        began = time.perf_counter()
-        try:
-            copies = self._copy.take(self._owned)
-        finally:
-            self.copy_seconds = time.perf_counter() - began
-            self._copied.set()
-        write_part(self.folder, copies, self._rank)
+        def write() -> None:
+            write_part(folder, self.copied.take(), rank)
 
-    def wait_for_copy(self) -> None:
-        """Wait until the state may change again."""
-        self._copied.wait()
+        def conclude() -> None:
+            if rank == 0:
+                commit(folder, header, ranks)
+
+        self._phases = Phases(iter([write, conclude]))
 
     def settle(self) -> bool:
         """Whether the checkpoint is committed; does not wait. Raises UserError on all ranks if one of them failed."""
-        problem = self._work.exception() if self._work.done() else None
-        if problem is not None and not isinstance(problem, OSError | UserError):
-            raise problem  # a fault of ours: this rank ends with it, and the launcher ends the others
-        state = _FAILED if problem else _DONE if self._work.done() else _BUSY
-        agreed = lowest_over_ranks(state)
-        if agreed == _FAILED:
-            self._pool.shutdown()
-            raise not_written(self.folder, str(problem) if problem else "another rank failed, see its message")
-        if agreed == _DONE and self._phase == "parts":
-            self._phase = "commit"
-            self._work = self._pool.submit(self._commit)
-            return False
-        if agreed == _DONE:
-            self._pool.shutdown()
-        return agreed == _DONE
+        try:
+            return self._phases.settle()
+        except Failed as failed:
+            raise not_written(self.folder, str(failed)) from None
 
     def finish(self) -> None:
-        """Wait until the checkpoint is committed."""
-        while True:
-            wait([self._work])
-            if self.settle():
-                return
+        """Wait until the checkpoint is committed. Raises UserError on all ranks if one of them failed."""
+        done = False
+        while not done:
+            self._phases.wait()
+            done = self.settle()

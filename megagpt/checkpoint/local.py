@@ -9,41 +9,36 @@ files of tensors come first. When all ranks have agreed that both copies of ever
 describes those on its node, so a description stands for a state that was once whole; then all but the last two are
 deleted. `lineage` decides as for checkpoints, by the same generations, so that nobody goes on from a zombie's copies.
 
+With checkpoint.asynchronous a thread copies the state into host memory and writes the files (`background`), as the
+next steps run. Only the transfer between nodes is done in the training thread, since threads call no collectives.
+
 A load needs the same layout: every rank finds the same boxes. It takes its own file, or else gets it over the process
-group from whichever rank has a copy. All of it happens in the training thread, since threads call no collectives.
+group from whichever rank has a copy.
 """
 
 from __future__ import annotations
 
+import contextlib
 import secrets
-import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
-import xxhash
-
 from megagpt.checkpoint import lineage
+from megagpt.checkpoint.background import Failed, Phases
 from megagpt.checkpoint.boxes import Box
-from megagpt.checkpoint.folders import CHUNK, Folder, folder_at, sealed, unsealed
+from megagpt.checkpoint.folders import Folder, folder_at, sealed, unsealed
 from megagpt.checkpoint.lineage import Commit
 from megagpt.checkpoint.load import fault_in_file
-from megagpt.checkpoint.save import bytes_of, description_of, index_of, tensors_of, together, write_tensors
+from megagpt.checkpoint.ring import Ring
+from megagpt.checkpoint.save import bytes_of, description_of, index_of, tensors_of, write_tensors
 from megagpt.checkpoint.tensors import Hash, TensorFile, Wanted, hashed
-from megagpt.errors import UserError
 from megagpt.files import write_whole
-from megagpt.parallel.ranks import gpu_present, lowest_over_ranks, wrapping_sums_over_ranks
+from megagpt.parallel.ranks import lowest_over_ranks, wrapping_sums_over_ranks
 from megagpt.parallel.state import Slice
 
 KEPT = 2
 _STEP_BITS = 40
-
-
-def node_name() -> str:
-    """What tells this rank's node from others."""
-    return socket.gethostname()
 
 
 class LocalCopies:
@@ -56,50 +51,42 @@ class LocalCopies:
         """
         self._rank, self._ranks = rank, ranks
         self._root = folder_at(Path(local) / f"{_run_number(out, rank):016x}")
-        nodes: dict[int, list[int]] = {}
-        for other, node in enumerate(self._of_every_rank(xxhash.xxh3_64_intdigest(node_name().encode()))):
-            nodes.setdefault(node, []).append(other)
-        groups = list(nodes.values())
-        if len({len(group) for group in groups}) > 1:
-            raise UserError(
-                f"checkpoint.local needs as many ranks on each node; they have {[len(group) for group in groups]}.",
-                "Start as many on each, or leave checkpoint.local empty.",
-            )
-        own = next(number for number, group in enumerate(groups) if rank in group)
-        at = groups[own].index(rank)
-        self.nodes = len(groups)
-        self._first_here = at == 0
-        self._next = groups[(own + 1) % self.nodes][at]
-        self._previous = groups[own - 1][at]
+        self._ring = Ring(rank=rank, ranks=ranks)
+        self.nodes = self._ring.nodes
 
-    def save(self, held: Sequence[Slice], header: dict[str, Any], *, generation: int, step: int) -> str | None:
-        """Keep `held` here and on the next node. Returns None, or on every rank why not; older copies then stay."""
+    def begin(
+        self, held: Callable[[], Sequence[Slice]], header: dict[str, Any], *, generation: int, step: int
+    ) -> LocalSave:
+        """Begin to keep here and on the next node what `held` gives; a thread will ask for it, at once."""
         folder = lineage.commit_folder(self._root, generation, step)
-        described: dict[int, dict[str, Any]] = {}
+        return LocalSave(folder, self._phases(folder, held, header), self._ring)
+
+    def _phases(
+        self, folder: Folder, held: Callable[[], Sequence[Slice]], header: dict[str, Any]
+    ) -> Iterator[Callable[[], None]]:
+        """Write this rank's file, the one of the node before, and the two descriptions, the commit."""
+        ring, described = self._ring, dict[int, dict[str, Any]]()
 
         def write() -> None:
-            folder.require_space(min(self.nodes, 2) * bytes_of(held) + 2**20)
-            described[self._rank] = {"part": write_tensors(folder, self._rank, held), "header": header}
-
-        def copy() -> None:
-            described[self._previous] = self._hand_over(
-                folder, described[self._rank], to=self._next, source=self._previous
-            )
+            state = held()
+            folder.require_space(min(ring.nodes, 2) * bytes_of(state) + 2**20)
+            described[ring.rank] = {"part": write_tensors(folder, ring.rank, state), "header": header}
 
         def describe() -> None:
             for rank, description in described.items():
                 folder.write(description_of(rank), [sealed(description)])
 
-        for work in (write, copy, describe) if self.nodes > 1 else (write, describe):
-            failure = together(work, self._rank, self._ranks)
-            if failure is not None:
-                if self._first_here:
-                    folder.delete()
-                return failure
-        if self._first_here:
-            for old in lineage.steps_in(self._root)[:-KEPT]:
+        def forget() -> None:
+            for old in lineage.steps_in(self._root)[:-KEPT] if ring.first_here else ():
                 lineage.commit_folder(self._root, *old).delete()
-        return None
+
+        yield write
+        if ring.nodes > 1:
+            theirs, content = ring.hand_over(folder, described[ring.rank], to=ring.next, source=ring.previous)
+            described[ring.previous] = theirs
+            yield lambda: _keep(folder, theirs, content)
+        yield describe
+        yield forget
 
     def load(self, held: Sequence[Slice], shared: Folder) -> tuple[Commit, dict[str, Any]] | None:
         """Fill `held` from the newest copies that fit and are no older than what `shared` has, if there are any.
@@ -129,7 +116,7 @@ class LocalCopies:
     def _gather(self, folder: Folder, index: list[dict[str, Any]]) -> bool:
         """Have every rank's file on its own node, if there is an undamaged copy of each somewhere; whether it is."""
         whole = _intact(folder, self._rank, index)
-        for needy, has in enumerate(self._of_every_rank(int(whole))):
+        for needy, has in enumerate(self._ring.of_every_rank(int(whole))):
             if has:
                 continue
             offered = self._rank != needy and _intact(folder, needy)
@@ -138,66 +125,40 @@ class LocalCopies:
                 return False
             description = _description(folder.read(description_of(needy))) if self._rank == giver else {}
             ends = {"to": needy if self._rank == giver else None, "source": giver if self._rank == needy else None}
-            try:
-                description = self._hand_over(folder, description, **ends)
-                if self._rank == needy:
+            description, content = self._ring.hand_over(folder, description, **ends)
+            if self._rank == needy:
+                with contextlib.suppress(OSError):  # no room here: the copy is not used, as all ranks will agree
+                    _keep(folder, description, content)
                     folder.write(description_of(needy), [sealed(description)])
-            except OSError:
-                continue  # this node has no room for it: the copy is not used, as all ranks will agree
         return bool(lowest_over_ranks(int(whole or _intact(folder, self._rank, index))))
 
-    def _hand_over(
-        self, folder: Folder, description: dict[str, Any], *, to: int | None, source: int | None
-    ) -> dict[str, Any]:
-        """Send rank `to` the file that is described, and write the one that `source` sends; returns its description.
 
-        Every rank must call it, if only to look on. Raises OSError, after all is sent, if the file was not written.
-        """
-        text, part = sealed(description), description.get("part", {})
-        theirs = b"".join(self._exchange(iter([memoryview(bytearray(text))]), len(text), to=to, source=source))
-        size = part.get("bytes", 0)
-        content = _whatever(folder.chunks(part["file"]) if to is not None else iter(()), size)
-        stream = self._exchange(content, size, to=to, source=source)
-        if source is None:
-            for _ in stream:
-                pass
-            return {}
-        received, digest = _description(theirs), Hash()
+class LocalSave:
+    """One save of the nodes' copies in progress. All ranks must settle it together."""
+
+    def __init__(self, folder: Folder, phases: Iterator[Callable[[], None]], ring: Ring) -> None:
+        self._folder, self._ring, self._phases = folder, ring, Phases(phases)
+
+    def settle(self) -> bool:
+        """Whether it is over; does not wait. Raises Failed on all ranks if one failed; older copies then stay."""
         try:
-            folder.write(received["part"]["file"], hashed(stream, digest))
-        finally:
-            for _ in stream:  # whatever became of the writing, the other rank has to get rid of it
-                pass
-        if digest.hexdigest() != received["part"]["xxh3_128"]:
-            raise OSError(f"{folder}/{received['part']['file']} has changed on its way from rank {source}")
-        return received
+            return self._phases.settle()
+        except Failed:
+            if self._ring.first_here:
+                self._folder.delete()
+            raise
 
-    def _exchange(
-        self, content: Iterator[memoryview], size: int, *, to: int | None, source: int | None
-    ) -> Iterator[memoryview]:
-        """Send rank `to` the `size` bytes of `content`, in parts of CHUNK, and yield what rank `source` sends.
+    def wait(self) -> None:
+        """Wait for what this rank's thread is doing; there may be more to do when all have settled that."""
+        self._phases.wait()
 
-        Every rank must use it up.
-        """
-        device = "cuda" if gpu_present() else "cpu"
-        sizes = self._of_every_rank(size)
-        going, coming = size if to is not None else 0, sizes[source] if source is not None else 0
-        for start in range(0, max(going, coming), CHUNK):
-            operations, incoming = [], None
-            if start < going:
-                outgoing = torch.frombuffer(next(content), dtype=torch.uint8).to(device)
-                operations.append(dist.P2POp(dist.isend, outgoing, to))
-            if start < coming:
-                incoming = torch.empty(min(CHUNK, coming - start), dtype=torch.uint8, device=device)
-                operations.append(dist.P2POp(dist.irecv, incoming, source))
-            for work in dist.batch_isend_irecv(operations):
-                work.wait()
-            if incoming is not None:
-                yield incoming.cpu().numpy().data
 
-    def _of_every_rank(self, value: int) -> list[int]:
-        """The unsigned 64-bit values of all ranks, by rank."""
-        return wrapping_sums_over_ranks([value if other == self._rank else 0 for other in range(self._ranks)])
+def _keep(folder: Folder, description: dict[str, Any], content: Sequence[memoryview]) -> None:
+    """Write the file that another rank has sent. Raises OSError if that fails, or it is not what is described."""
+    part, digest = description["part"], Hash()
+    folder.write(part["file"], hashed(iter(content), digest))
+    if digest.hexdigest() != part["xxh3_128"]:
+        raise OSError(f"{folder}/{part['file']} has changed on its way here")
 
 
 def _run_number(out: Path, rank: int) -> int:
@@ -232,16 +193,3 @@ def _intact(folder: Folder, rank: int, index: list[dict[str, Any]] | None = None
     except (OSError, ValueError):
         return False
     return (index is None or part["boxes"] == index) and fault_in_file(folder, part) is None
-
-
-def _whatever(chunks: Iterator[memoryview], size: int) -> Iterator[memoryview]:
-    """`size` bytes, of `chunks` as far as they can be read: the rank that gets them waits, and checks their hash."""
-    sent = 0
-    try:
-        for part in chunks:
-            yield part
-            sent += len(part)
-    except OSError:
-        pass
-    for start in range(sent, size, CHUNK):
-        yield memoryview(bytearray(min(CHUNK, size - start)))

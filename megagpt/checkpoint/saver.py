@@ -5,19 +5,21 @@ tensors.
 from __future__ import annotations
 
 import dataclasses
+import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megagpt import __version__
 from megagpt.checkpoint import lineage
-from megagpt.checkpoint.background import BackgroundSave, HostCopy
+from megagpt.checkpoint.background import BackgroundSave, Failed, HostCopy, Snapshot
 from megagpt.checkpoint.folders import Folder, checkpoints_of
 from megagpt.checkpoint.interval import best_interval
 from megagpt.checkpoint.lineage import Commit
 from megagpt.checkpoint.load import Manifest, check_model, load_checked, newest_valid, proven, read_manifest
-from megagpt.checkpoint.local import LocalCopies
+from megagpt.checkpoint.local import LocalCopies, LocalSave
 from megagpt.checkpoint.save import KINDS, bytes_of, save
 from megagpt.config import Checkpoint, Run, sequences_of, to_toml
 from megagpt.data import order
@@ -29,6 +31,7 @@ from megagpt.parallel import ranks
 
 if TYPE_CHECKING:
     from megagpt.parallel.engine import Engine
+    from megagpt.parallel.state import Slice
     from megagpt.report.journal import Journal
 
 
@@ -55,13 +58,13 @@ class Saver:
         self._run = run
         self._engine = engine
         self._generation = 0
-        self._copy = HostCopy()
-        self._told_memory = False
+        self._copy, self._local_copy = HostCopy(), HostCopy()
         self._pending: _Pending | None = None
         self._pace = _Pace(run.checkpoint)
         self._evaluated: tuple[int, float] | None = None
         local, mesh = run.checkpoint.local, engine.mesh
         self._local = LocalCopies(local, out, rank=mesh.rank, ranks=mesh.world_size) if local else None
+        self._local_pending: tuple[int, LocalSave] | None = None
 
     def resume(self, corpora: list[Corpus], journal: Journal, *, before: int | None = None) -> Progress:
         """Load the newest undamaged state, if there is one, and begin a new attempt from it.
@@ -120,17 +123,18 @@ class Saver:
         self._evaluated = (step, loss)
 
     def due(self, step: int, journal: Journal) -> bool:
-        """Whether `step`, just done, is one to save at. Every rank must call it after every step: here a background
-        save that has been written is committed, and one that failed raises UserError on all ranks.
+        """Whether `step`, just done, is one to save at. Every rank must call it after every step: here what threads
+        have written is committed. A checkpoint that failed raises UserError on all ranks.
         """
         if self._pending is not None and self._pending.work.settle():
             self._committed(journal)
+        self._settle_local(journal)
         return self._pace.due(step)
 
     def save(self, progress: Progress, journal: Journal) -> None:
         """Save the run as it stands: wait for the commit, or with checkpoint.asynchronous only for the copy."""
         began = time.perf_counter()
-        self.finish(journal)
+        self._finish_checkpoint(journal)
         mesh = self._engine.mesh
         journal.sync()
         folder = lineage.commit_folder(self.root, self._generation, progress.step)
@@ -143,12 +147,10 @@ class Saver:
             self._pace.costs(time.perf_counter() - began)
         else:
             owned = self._engine.owned()
-            if not self._told_memory:
-                gib = bytes_of(owned) / 2**30
-                journal.note(f"saving in the background keeps {gib:,.2f} GiB of this rank's host memory")
-                self._told_memory = True
+            if not self._copy.bytes():
+                _tell_memory("saving in the background", owned, journal)
             work = BackgroundSave(folder, owned, self._copy, **arguments)
-            self._engine.before_next_update(work.wait_for_copy)
+            self._engine.before_next_update(work.copied.wait)
             self._pending = _Pending(progress.step, began, work)
             self._pace.saved(progress.step, took=time.perf_counter() - began)
 
@@ -159,17 +161,50 @@ class Saver:
     def save_locally(self, progress: Progress, journal: Journal) -> None:
         """Have the nodes keep copies of the run as it stands. That they cannot is told, and no more."""
         assert self._local is not None
+        self._finish_local(journal)
         journal.sync()
-        header = self._header(progress)
-        failure = self._local.save(self._engine.held(), header, generation=self._generation, step=progress.step)
-        if failure is not None:
-            journal.warn(f"the nodes keep no copies of step {progress.step:,}: {failure}.")
+        held, header = self._engine.held(), self._header(progress)
+        begin = partial(self._local.begin, header=header, generation=self._generation, step=progress.step)
+        if not self._run.checkpoint.asynchronous:
+            self._local_pending = (progress.step, begin(lambda: held))
+            self._finish_local(journal)
+        else:
+            if not self._local_copy.bytes():
+                _tell_memory("keeping copies on the nodes in the background", held, journal)
+            snapshot = Snapshot(held, self._local_copy)
+            self._local_pending = (progress.step, begin(snapshot.take))
+            self._engine.before_next_update(snapshot.wait)
 
     def finish(self, journal: Journal) -> None:
-        """Wait for the save in progress, if there is one. To be called before the run ends."""
+        """Wait for the saves in progress, if there are any. To be called before the run ends."""
+        self._finish_checkpoint(journal)
+        self._finish_local(journal)
+
+    def _finish_checkpoint(self, journal: Journal) -> None:
         if self._pending is not None:
             self._pending.work.finish()
             self._committed(journal)
+
+    def _finish_local(self, journal: Journal) -> None:
+        while self._local_pending is not None:
+            self._local_pending[1].wait()
+            self._settle_local(journal)
+
+    def _settle_local(self, journal: Journal) -> None:
+        """Go on with the nodes' copies that are being made, if all ranks can. A failure is told, and no more."""
+        if self._local_pending is None:
+            return
+        step, work = self._local_pending
+        try:
+            over = work.settle()
+        except Failed as failure:
+            words = f"the nodes keep no copies of step {step:,}: {failure}."
+            journal.warn(words)
+            if failure.here and self._engine.mesh.rank > 0:  # whose journal is silent
+                print(f"megagpt: warning: {words}", file=sys.stderr, flush=True)
+            over = True
+        if over:
+            self._local_pending = None
 
     def _committed(self, journal: Journal) -> None:
         assert self._pending is not None
@@ -177,7 +212,7 @@ class Saver:
         self._retain()
         seconds = time.perf_counter() - pending.began
         journal.saved(pending.step, pending.work.folder, seconds=seconds)
-        self._pace.costs(pending.work.copy_seconds)
+        self._pace.costs(pending.work.copied.seconds)
 
     def _retain(self) -> None:
         """Delete what retention does not keep."""
@@ -199,6 +234,10 @@ class Saver:
             "mesh": {"data": mesh.data, "pipeline": mesh.pipeline, "tensor": mesh.tensor},
             "run": to_toml(self._run),
         }
+
+
+def _tell_memory(what: str, state: Sequence[Slice], journal: Journal) -> None:
+    journal.note(f"{what} takes {bytes_of(state) / 2**30:,.2f} GiB of this rank's host memory")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -55,7 +55,7 @@ def run_local(work: Callable[[], None], ranks: int, out: Path | None = None) -> 
         children = {rank: _fork(work, rank, ranks, meeting, attempt) for rank in range(ranks)}
         previous = {number: signal.signal(number, _forward_to(children)) for number in FORWARDED}
         try:
-            failed, status = _wait(dict(children))
+            failed, status = _first(attempt, _wait(dict(children)))
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
@@ -153,25 +153,38 @@ def _forward_to(children: dict[int, int]) -> Callable[[int, object], None]:
     return forward
 
 
-def _wait(children: dict[int, int]) -> tuple[int, int]:
+def _wait(children: dict[int, int]) -> list[tuple[int, int]]:
     """Collect every child (rank -> process id); once one has failed, end the rest after a grace period.
 
-    Returns the rank that failed first and its exit status, as a shell has it; (0, 0) if none did.
+    Returns the ranks that failed by themselves with their exit statuses, as a shell has them, in this order.
     """
-    first, status, deadline = 0, 0, float("inf")
+    failed: list[tuple[int, int]] = []
+    deadline, ending = float("inf"), False
     while children:
         ended = {rank: state for rank, child in children.items() if (state := _ended(child)) is not None}
         for rank, state in ended.items():
             del children[rank]
-            if state and not status:
-                first, status, deadline = rank, state, time.monotonic() + GRACE_SECONDS
-        if time.monotonic() > deadline:
+            if state and not ending:
+                failed.append((rank, state))
+        if failed and deadline == float("inf"):
+            deadline = time.monotonic() + GRACE_SECONDS
+        if time.monotonic() > deadline and not ending:
+            ending = True
             for child in children.values():
                 os.kill(child, signal.SIGKILL)
-            deadline = float("inf")
         if not ended:
             time.sleep(0.02)
-    return first, status
+    return failed
+
+
+def _first(attempt: Path, failed: list[tuple[int, int]]) -> tuple[int, int]:
+    """The rank that failed first and its exit status; (0, 0) if none did.
+
+    A rank that blames a peer may be gone before the kernel has taken apart the one that was killed.
+    """
+    words = {rank: outcome.read(attempt / outcome.rank_file(rank)) for rank, _ in failed}
+    causes = [one for one in failed if (word := words[one[0]]) is None or word.cause != "peer_lost"]
+    return next(iter(causes or failed), (0, 0))
 
 
 def _ended(child: int) -> int | None:

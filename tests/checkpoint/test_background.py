@@ -42,7 +42,7 @@ def test_an_update_waits_for_the_copy_and_what_it_changes_does_not_reach_the_che
     work = BackgroundSave(folder, parts, copy, header=header(10), rank=0, ranks=1)
 
     def change() -> None:
-        work.wait_for_copy()
+        work.copied.wait()
         for part in parts:
             part.weight.fill_(torch.nan)
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megagpt.checkpoint import lineage, local
+from megagpt.checkpoint import lineage, local, ring
+from megagpt.checkpoint.background import HostCopy
 from megagpt.checkpoint.folders import folder_at
 from megagpt.config import Checkpoint, Parallel, Run
 from megagpt.parallel import ranks
@@ -28,7 +31,7 @@ def fit(run: Run, folder: Path, *, nodes: int = 2, before: Callable[[], None] | 
         from megagpt import train
 
         node = ranks.rank() * nodes // run.parallel.world_size()
-        local.node_name = lambda: f"node-{node}"
+        ring.node_name = lambda: f"node-{node}"
         checkpoint = dataclasses.replace(run.checkpoint, local=str(folder / f"node-{node}"))
         if before is not None:
             before()
@@ -97,6 +100,30 @@ def test_the_nodes_own_copies_continue_a_run_bit_for_bit_while_one_of_each_is_le
     assert fit(run, trial) == 0
     assert "loaded the nodes' own copies of step 5" in capfd.readouterr().out
     assert losses(trial / "run") == losses(straight)
+
+
+def test_copies_made_in_the_background_continue_a_run_bit_for_bit(killed, tmp_path, capfd):
+    run, straight, _ = killed
+    saving = dataclasses.replace(run.checkpoint, asynchronous=True)
+    run = dataclasses.replace(run, checkpoint=saving)
+
+    def plant() -> None:
+        kill_at(6, rank=1)()
+        take = HostCopy.take
+
+        def late(self: HostCopy, state: Any) -> Any:
+            time.sleep(0.1)  # the next update has to wait
+            return take(self, state)
+
+        HostCopy.take = late  # type: ignore[method-assign]
+
+    assert fit(run, tmp_path, before=plant) == KILLED
+    shutil.rmtree(tmp_path / "node-1")
+    assert fit(run, tmp_path) == 0
+    said = capfd.readouterr().out
+    assert re.search("loaded the nodes' own copies of step [45]", said)
+    assert losses(tmp_path / "run") == losses(straight)
+    assert [path.name for path in copies(tmp_path / "node-1")] == ["step-000000007", "step-000000005"]
 
 
 def test_with_both_copies_of_a_file_lost_the_copies_before_are_used(killed, trial, capfd):
@@ -188,6 +215,8 @@ def test_a_full_disk_of_one_node_is_told_and_training_goes_on(killed, tmp_path, 
         local.write_tensors = fails
 
     assert fit(run, tmp_path, before=full) == 0
-    assert "the nodes keep no copies of step 5: rank 2 failed" in capfd.readouterr().out
+    said = capfd.readouterr()
+    assert "the nodes keep no copies of step 5: rank 2 failed" in said.out
+    assert "the nodes keep no copies of step 5: [Errno 28] No space left on device" in said.err
     assert losses(tmp_path / "run") == losses(straight)
     assert "step-000000005" not in [path.name for path in (tmp_path / "node-0").glob("*/gen-*/step-*")]
