@@ -98,7 +98,7 @@ def test_the_commit_waits_for_the_slowest_rank_and_a_failure_reaches_every_rank(
     first, second = on_ranks(work, 2, tmp_path)
     assert first[:4] == second[:4] == ["False", "False", "False", "False"]
     assert holds(newest_valid(folder_at(tmp_path / "root"))[0], 10)
-    assert "another rank failed" in first[4]
+    assert "rank 1 failed" in first[4]
     assert "Not a directory" in second[4]
 
 
