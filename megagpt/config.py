@@ -203,7 +203,7 @@ class Train:
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations computed again in the backward: none; each block's feed-forward layer; each whole block."""
     eval_every: int = 500
-    """Steps between two evaluations on the held-out documents; 0: none until the end."""
+    """Steps between two evaluations on the held-out documents; 0: none until the end, and there of what has any."""
     eval_sequences: int = 256
     """Held-out sequences of one evaluation."""
     guard_every: int = 100
@@ -319,6 +319,13 @@ def load(name: str) -> Run:
         return settings.build(Run, values)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
+
+
+def load_run(out: Path) -> Run:
+    """The settings of the run in the folder `out`. Raises UserError if it is no run's folder."""
+    if not (out / "run.toml").is_file():
+        raise UserError(f"{out} is not a run's folder: it has no run.toml.", "megagpt train PRESET --out makes one.")
+    return load(str(out / "run.toml"))
 
 
 def to_toml(run: Run) -> str:

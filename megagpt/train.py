@@ -128,10 +128,10 @@ def step(run: Run, engine: Engine, progress: Progress, feed: Feed, journal: Jour
     return done
 
 
-def evaluate(run: Run, engine: Engine, progress: Progress, corpora: list[Corpus], journal: Journal) -> float:
-    """The loss on held-out documents of every corpus; returns their mean."""
+def evaluate(run: Run, engine: Engine, progress: Progress, corpora: list[Corpus], journal: Journal) -> float | None:
+    """The loss on held-out documents of every corpus that has any; returns their mean."""
     losses = []
-    for corpus in corpora:
+    for corpus in filter(Corpus.has_heldout, corpora):
         result = evaluate_corpus(
             engine.eval_batch,
             corpus,
@@ -146,7 +146,7 @@ def evaluate(run: Run, engine: Engine, progress: Progress, corpora: list[Corpus]
         )
         journal.evaluation(result, step=progress.step, tokens=progress.tokens(run.model.context))
         losses.append(result.loss)
-    return sum(losses) / len(losses)
+    return sum(losses) / len(losses) if losses else None
 
 
 class Feed:

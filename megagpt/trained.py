@@ -56,11 +56,7 @@ class Trained:
 
 def open_trained(folder: Path) -> Trained:
     """The run in `folder`. Raises UserError if it is no run's folder, or has no undamaged checkpoint."""
-    if not (folder / "run.toml").is_file():
-        raise UserError(
-            f"{folder} is not a run's folder: it has no run.toml.", "megagpt train PRESET --out makes one."
-        )
-    run = config.load(str(folder / "run.toml"))
+    run = config.load_run(folder)
     manifest, _ = newest_valid(checkpoints_of(run.checkpoint, folder))
     if manifest is None:
         raise UserError(f"{folder} has no checkpoint yet.", "The first one comes after checkpoint.every steps.")

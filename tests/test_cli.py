@@ -74,6 +74,7 @@ def test_every_command_is_in_the_help_and_explains_itself(name, capsys):
         ),
         ("eval nowhere", "nowhere is not a run's folder"),
         ("report nowhere", "nowhere is not a run"),
+        ("data which nowhere --step 1", "nowhere is not a run's folder"),
     ],
 )
 def test_a_mistake_is_one_error_with_exit_status_2(words, message, capsys):
@@ -81,6 +82,25 @@ def test_a_mistake_is_one_error_with_exit_status_2(words, message, capsys):
     output = capsys.readouterr()
     assert message in output.err
     assert "Traceback" not in output.err
+
+
+def test_a_corpus_without_documents_to_evaluate_on_is_refused_at_once_or_trained_on_to_the_end(
+    corpora, tmp_path, capsys
+):
+    raw = tmp_path / "raw.jsonl"
+    raw.write_text("".join(json.dumps({"text": f"sentence {number} of many"}) + "\n" for number in range(200)))
+    words = f"--tokenizer {corpora['prose']} --heldout 0 --tasks 1 --processes 1"
+    assert run("data", "build", str(raw), "--out", str(tmp_path / "all"), *words.split()) == 0
+    mixture = f"{tmp_path}/all 1 {corpora['prose']} 1"
+    train = f"train quickstart --out {tmp_path}/run --model.vocabulary 512 {SHORT} --data.mixture"
+    assert run(*shlex.split(f"{train} {mixture}")) == 2
+    assert f"evaluates on held-out documents, and {tmp_path}/all has none" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    assert run(*shlex.split(f"{train} {mixture} --train.eval_every 0")) == 0
+    evaluations = (tmp_path / "run" / "evaluations.jsonl").read_text().splitlines()
+    assert [json.loads(line)["corpus"] for line in evaluations] == ["prose"]
+    assert run(*shlex.split(f"{train} {tmp_path}/all 1 --train.eval_every 0".replace("/run ", "/alone "))) == 0
+    assert run("report", str(tmp_path / "alone")) == 0
 
 
 def test_a_mistyped_flag_gets_a_suggestion(capsys):

@@ -61,7 +61,7 @@ class Saver:
         self._copy, self._local_copy = HostCopy(), HostCopy()
         self._pending: _Pending | None = None
         self._pace = _Pace(run.checkpoint)
-        self._evaluated: tuple[int, float] | None = None
+        self._evaluated: tuple[int, float | None] | None = None
         local, mesh = run.checkpoint.local, engine.mesh
         self._local = LocalCopies(local, out, rank=mesh.rank, ranks=mesh.world_size) if local else None
         self._local_pending: tuple[int, LocalSave] | None = None
@@ -118,7 +118,7 @@ class Saver:
         found = self._engine.mesh.rank > 0 or any(commit.step < step for commit in lineage.commits(self.root))
         return bool(ranks.lowest_over_ranks(int(found)))
 
-    def evaluated(self, step: int, loss: float) -> None:
+    def evaluated(self, step: int, loss: float | None) -> None:
         """The loss on held-out text after `step`, for checkpoint.keep_best."""
         self._evaluated = (step, loss)
 

@@ -17,7 +17,7 @@ from megagpt.checkpoint.folders import checkpoints_of
 from megagpt.checkpoint.lineage import commits
 from megagpt.checkpoint.load import read_manifest
 from megagpt.checkpoint.saver import beginning
-from megagpt.config import Run, load
+from megagpt.config import Run, load, load_run
 from megagpt.data import mixture, order, pack, trace
 from megagpt.data.corpus import Corpus, open_corpus, open_mixture
 from megagpt.data.order import Cursor
@@ -214,7 +214,7 @@ def _each(rows: StepRows, corpora: Sequence[Corpus]) -> Iterator[tuple[Corpus, i
 
 def open_run(out: Path) -> tuple[Run, Cursor, list[Corpus]]:
     """A run's settings, the newest state of its data (as it begins, before any checkpoint) and its corpora."""
-    run = load(str(out / "run.toml"))
+    run = load_run(out)
     corpora = open_mixture(run.data.mixture, run.data)
     for commit in commits(checkpoints_of(run.checkpoint, out)):
         return run, Cursor.from_dict(read_manifest(commit).header["cursor"]), corpora

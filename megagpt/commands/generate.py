@@ -46,16 +46,17 @@ def run_generate(options: Generate) -> int:
 
 
 def write_samples(out: Path, count: int) -> None:
-    """Write `out`/samples.json: `count` texts, each begun with the first tokens of a held-out document."""
+    """Write `out`/samples.json: `count` texts, each begun with a held-out document's first tokens, if there are any."""
     from megagpt.data.corpus import open_corpus
     from megagpt.files import write_whole
     from megagpt.trained import default_device, open_trained
 
     trained = open_trained(out)
     gpt, tokenizer, model = trained.model(default_device()), trained.tokenizer(), trained.run.model
-    corpora = [open_corpus(location, trained.run.data) for location in trained.run.data.mixture]
+    opened = [open_corpus(location, trained.run.data) for location in trained.run.data.mixture]
+    corpora = [corpus for corpus in opened if corpus.has_heldout()]
     samples = []
-    for number in range(count):
+    for number in range(count if corpora else 0):
         split = corpora[number % len(corpora)].split("heldout")
         starts, lengths = next(iter(split.document_spans()))
         which = number * len(starts) // count

@@ -106,14 +106,23 @@ def _fit(run: config.Run, out: Path, began: float) -> None:
 def prepare(run: config.Run, out: Path, *, write: bool) -> None:
     """Everything that can be refused before a rank starts; then, with `write`, the run's folder with run.toml in it.
 
-    Raises UserError for a missing logger's package, a corpus that is missing, damaged, of another tokenizer or of too
-    large a vocabulary, a folder whose checkpoint is of another model, and one that cannot be written or has no room.
+    Raises UserError for a missing logger's package, a corpus that is missing, damaged, of another tokenizer, of too
+    large a vocabulary or without documents to evaluate on, a folder whose checkpoint is of another model, and one that
+    cannot be written or has no room.
     """
     from megagpt.data.corpus import open_mixture
     from megagpt.report.loggers import require_packages
 
     require_packages(run.report)
-    first = open_mixture(run.data.mixture, run.data)[0]
+    corpora = open_mixture(run.data.mixture, run.data)
+    first = corpora[0]
+    for corpus in corpora if run.train.eval_every else ():
+        if not corpus.has_heldout():
+            raise UserError(
+                f"train.eval_every = {run.train.eval_every} evaluates on held-out documents, and "
+                f"{corpus.location} has none.",
+                "Build it with a larger --heldout, or use --train.eval_every 0.",
+            )
     if first.manifest.vocabulary > run.model.vocabulary:
         raise UserError(
             f"model.vocabulary = {run.model.vocabulary:,} is less than the {first.manifest.vocabulary:,} tokens of "

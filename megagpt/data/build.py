@@ -71,7 +71,7 @@ def build(
     plan = _planned(sources.find_files(inputs, commands=commands), tokenizer, recipe, processes)
     if (out / "manifest.json").exists():
         return _already_built(out, plan)
-    (out / PREPARATION).mkdir(parents=True, exist_ok=True)
+    _make(out)
     with _locked(out, fcntl.LOCK_EX | fcntl.LOCK_NB):
         if (out / "manifest.json").exists():  # another build has just committed it
             return _already_built(out, plan)
@@ -79,6 +79,14 @@ def build(
         used = plan.tokenizer or _trained_tokenizer(out, plan.tasks, recipe)
         _run(out, plan, used, range(len(plan.tasks)), processes=processes, fast=fast)
         return _commit(out, plan, used)
+
+
+def _make(out: Path) -> None:
+    """The folder of a build, with a place for what is there only until it is done."""
+    try:
+        (out / PREPARATION).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be made: {error.strerror}.", "Name a folder that can.") from error
 
 
 def build_part(
@@ -103,7 +111,7 @@ def build_part(
     assert plan.tokenizer is not None, "a tokenizer was given"
     if (out / "manifest.json").exists():
         return _already_built(out, plan)
-    (out / PREPARATION).mkdir(parents=True, exist_ok=True)
+    _make(out)
     with _locked(out, fcntl.LOCK_SH):
         if not (out / "manifest.json").exists():
             _agree(out, plan)
@@ -314,7 +322,8 @@ def _commit(out: Path, plan: _Plan, tokenizer: Tokenizer) -> Manifest:
             f"no document is left to train on: {counts['heldout'].documents:,} were held out, "
             f"{sum(result.empty_documents for result in results):,} were empty, and {sum(left_out.values()):,} were "
             "filtered or repeated.",
-            "Give more text, or a smaller --heldout.",
+            "Give more text, or a smaller --heldout."
+            + (" Look at --where and --filter." if left_out["filtered"] else ""),
         )
     manifest = Manifest(
         tokenizer_sha256=tokenizer.sha256(),

@@ -126,6 +126,10 @@ class Corpus:
         """The last part of its location."""
         return self.location.rstrip("/").rpartition("/")[2]
 
+    def has_heldout(self) -> bool:
+        """Whether there are documents to evaluate on."""
+        return bool(self.manifest.shards_of("heldout"))
+
     def split(self, name: str) -> Split:
         """The split `train` or `heldout`. Raises UserError if it has no documents."""
         entries = self.manifest.shards_of(name)

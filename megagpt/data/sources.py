@@ -190,7 +190,7 @@ def _is_text(kind: pa.DataType) -> bool:
 
 def _open_parquet(path: str) -> pq.ParquetFile:
     try:
-        return pq.ParquetFile(path)
+        return pq.ParquetFile(path, page_checksum_verification=True)  # where there are any
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path} is not a Parquet file: {error}.") from error
 
@@ -222,17 +222,19 @@ def _read_parquet(piece: Slice, column: str, further: Sequence[str]) -> Iterator
             raise UserError(f"{piece.path} has no column '{missing[0]}', which --where names.")
         row = sum(file.metadata.row_group(group).num_rows for group in range(piece.start))
         groups = range(piece.start, piece.stop)
-        for batch in file.iter_batches(
-            _PARQUET_ROWS, row_groups=groups, columns=[column, *further], use_threads=False
-        ):
-            records = batch.select(further).to_pylist() if further else [{}] * len(batch)
-            for scalar, record in zip(batch.column(column), records, strict=True):
-                try:
-                    text = cast(str, scalar.as_py() or "")
-                except UnicodeDecodeError as error:
-                    raise UserError(f"{piece.path}: row {row:,} is not UTF-8: {error.reason}.") from error
-                yield Document(text, text.encode(), row, record)
-                row += 1
+        batches = file.iter_batches(_PARQUET_ROWS, row_groups=groups, columns=[column, *further], use_threads=False)
+        try:
+            for batch in batches:
+                records = batch.select(further).to_pylist() if further else [{}] * len(batch)
+                for scalar, record in zip(batch.column(column), records, strict=True):
+                    try:
+                        text = cast(str, scalar.as_py() or "")
+                    except UnicodeDecodeError as error:
+                        raise UserError(f"{piece.path}: row {row:,} is not UTF-8: {error.reason}.") from error
+                    yield Document(text, text.encode(), row, record)
+                    row += 1
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{piece.path} cannot be read from row {row:,} on: {error}.") from error
 
 
 def _read_text(piece: Slice, _column: str, further: Sequence[str]) -> Iterator[Document]:
@@ -273,17 +275,23 @@ def _read_jsonl(piece: Slice, column: str, further: Sequence[str]) -> Iterator[D
         if piece.start > 0:
             file.seek(piece.start - 1)
             position = piece.start - 1 + len(file.readline())
-        for number, line in enumerate(file):
-            if position >= piece.stop and not compressed:
-                return
-            try:
-                document = _parse(line, column, further, number)
-            except ValueError as error:
-                number = number if compressed else _lines_before(piece.path, position)
-                raise UserError(f"{piece.path}:{number + 1} {error}.") from error
-            if document is not None:
-                yield document
-            position += len(line)
+        read = 0
+        try:
+            for number, line in enumerate(file):
+                if position >= piece.stop and not compressed:
+                    return
+                try:
+                    document = _parse(line, column, further, number)
+                except ValueError as error:
+                    number = number if compressed else _lines_before(piece.path, position)
+                    raise UserError(f"{piece.path}:{number + 1} {error}.") from error
+                if document is not None:
+                    yield document
+                position += len(line)
+                read = number + 1
+        except (pa.ArrowException, OSError) as error:
+            where = f" after line {read:,}" if compressed else ""
+            raise UserError(f"{piece.path} cannot be read{where}: {error}.") from error
 
 
 def line_of(piece: Slice, row: int) -> int:
@@ -305,7 +313,7 @@ def _parse(line: bytes, column: str, further: Sequence[str], row: int) -> Docume
     try:
         record: Any = json.loads(line.removeprefix(_BOM).decode())
     except json.JSONDecodeError as error:
-        raise ValueError(f"is not JSON: {error.msg} at column {error.colno}") from error
+        raise ValueError(f"is not JSON: {error.msg.removesuffix(' at')} at column {error.colno}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"is not UTF-8: {error.reason} at byte {error.start + 1} of the line") from error
     except RecursionError as error:

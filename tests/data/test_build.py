@@ -292,3 +292,10 @@ def test_impossible_options_are_refused(
 ) -> None:
     with pytest.raises(UserError, match=message):
         built(raw, tmp_path / "out", recipe=recipe, processes=processes)
+
+
+def test_a_place_that_cannot_be_a_folder_is_one_error(tmp_path: Path) -> None:
+    raw = tmp_path / "raw.jsonl"
+    raw.write_text('{"text": "one"}\n')
+    with pytest.raises(UserError, match=r"--out .*raw\.jsonl cannot be made: (Not a directory|File exists)"):
+        build([str(raw)], raw, tokenizer=None, recipe=Recipe(vocabulary=257), processes=1)

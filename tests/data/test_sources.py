@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 from pathlib import Path
 
@@ -76,6 +77,18 @@ def test_parquet_is_read_by_row_groups_and_null_is_an_empty_text(tmp_path: Path,
     assert [(piece.start, piece.stop) for task in cuts for piece in task] == [(0, 1), (1, 2), (2, 3)]
 
 
+def test_a_parquet_file_that_is_broken_inside_a_row_group_is_named_with_the_row(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    texts = pa.table({"body": [hashlib.sha256(bytes([number])).hexdigest() for number in range(40)]})
+    pq.write_table(texts, path, row_group_size=10, compression="zstd", use_dictionary=False, write_page_checksum=True)
+    start = pq.ParquetFile(path).metadata.row_group(2).column(0).data_page_offset
+    content = bytearray(path.read_bytes())
+    content[start + 300] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"a\.parquet cannot be read from row (0|10|20) on: "):
+        read_all(str(path), column="body")
+
+
 def test_a_folder_is_walked_in_order_without_hidden_and_unknown_files(tmp_path: Path) -> None:
     for name in ("b/x.py", "a/y.txt.gz", "a/x.md", "c.rst", ".git/z.txt", "a/.z.txt", "a/data.json", "a/x.png"):
         content = gzip.compress(name.encode()) if name.endswith("gz") else name.encode()
@@ -131,7 +144,7 @@ LINE_1 = b'{"text": "fine"}\n\n'
         ("a.jsonl", LINE_1 + b'{"text": "\\ud800"}', r"a\.jsonl:3 holds half of a surrogate pair"),
         ("a.jsonl", LINE_1 + b"[" * 100_000, r"a\.jsonl:3 is "),
         ("a.txt", b"eins\nzw\xe9i\n", r"a\.txt:2 is not UTF-8"),
-        ("a.jsonl.gz", gzip.compress(LINE_1 * 1000)[:-20], r"a\.jsonl\.gz cannot be read: Truncated"),
+        ("a.jsonl.gz", gzip.compress(LINE_1 * 1000)[:-20], r"a\.jsonl\.gz cannot be read after line \d{3}: Truncated"),
         ("a.txt.zst", b"no zstd", r"a\.txt\.zst cannot be read"),
         ("a.parquet", b"no parquet", r"a\.parquet is not a Parquet file"),
     ],
