@@ -46,7 +46,7 @@ def run_generate(options: Generate) -> int:
 
 
 def write_samples(out: Path, count: int) -> None:
-    """Write `out`/samples.json: `count` texts, each begun with a held-out document's first tokens, if there are any."""
+    """Write `out`/samples.json: `count` texts that begin with held-out documents' first tokens, if any."""
     from megagpt.data.corpus import open_corpus
     from megagpt.files import write_whole
     from megagpt.trained import default_device, open_trained
