@@ -53,6 +53,7 @@ setup(
             "s3fs>=2025.2",
             "tensorboard>=2.17",
             "transformers>=4.51",
+            "trustme>=1.2",
         ],
     },
     entry_points={"console_scripts": ["megagpt = megagpt.cli:main"]},

@@ -4,8 +4,9 @@ Request.  `timeout` seconds each; if it has not answered after `hedge` seconds a
           answer wins. A body of another length than was asked for counts as a failure.
 Retry.    Transient failures only, after a pause drawn from [0, min(longest, first * 2**tries)] (exponential back-off
           with full jitter, so that a thousand ranks do not come back at once), until `budget` seconds have passed.
-Errors.   What is missing or denied is a UserError at once; a store that stays unreachable is Unreachable, which a
-          launcher may try again. Messages hold no passwords and no query strings, where signatures travel.
+Errors.   What is missing, denied or not trusted is a UserError at once; a store that stays unreachable is
+          Unreachable, which a launcher may try again. Messages hold no passwords and no query strings, where
+          signatures travel.
 Credentials are the store's own affair (environment, profile, instance role); they are never part of a corpus's URL,
 which goes into run.toml. `pipe:` commands are refused: what runs a command is a program and not a setting.
 """
@@ -15,9 +16,10 @@ from __future__ import annotations
 import asyncio
 import random
 import re
+import ssl
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, Literal, TypeVar
@@ -144,6 +146,10 @@ class Store:
                     raise UserError(f"there is no {self.where(name)} ({reason}).", _MISSING) from None
                 if kind == "denied":
                     raise UserError(f"{self.where(name)} may not be read ({reason}).", _DENIED) from None
+                if kind == "untrusted":
+                    raise UserError(
+                        f"the server of {self.where(name)} is not trusted ({reason}).", _UNTRUSTED
+                    ) from None
                 bound = min(self.patience.longest_pause, self.patience.first_pause * 2.0 ** min(tries, 20))
                 pause = self._jitter.uniform(0, bound)
                 if time.monotonic() - began + pause > self.patience.budget:
@@ -189,6 +195,7 @@ class Store:
 
 _MISSING = "Check the URL, and that the corpus was copied whole."
 _DENIED = "Check the credentials that the store's client finds (environment, profile, role), and their rights."
+_UNTRUSTED = "Name the file of the authority that signed its certificate in SSL_CERT_FILE (for s3 AWS_CA_BUNDLE)."
 
 
 def _file_system(url: str) -> tuple[Any, str]:
@@ -218,12 +225,21 @@ def _file_system(url: str) -> tuple[Any, str]:
     return files, root.rstrip("/")
 
 
-def _kind(error: BaseException) -> Literal["missing", "denied", "transient"] | None:
+def _kind(error: BaseException) -> Literal["missing", "denied", "untrusted", "transient"] | None:
     """What a failed request means; None for an error that is nobody's but the program's."""
     status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, FileNotFoundError) or status in (404, 410):
         return "missing"
     if isinstance(error, PermissionError) or status in (401, 403) or "Credential" in type(error).__name__:
         return "denied"
+    if any(isinstance(cause, ssl.SSLCertVerificationError) for cause in _causes(error)):
+        return "untrusted"
     known = isinstance(error, OSError | EOFError | asyncio.TimeoutError | ConnectionError)
     return "transient" if known or type(error).__module__.partition(".")[0] in _CLIENTS else None
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and what led to it."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

@@ -115,6 +115,5 @@ def _origins_in_task(
 def decoded(corpus: Corpus, cursor: Cursor, sequence: int) -> tuple[np.ndarray, str]:
     """The tokens of a sequence, and their text."""
     table = pack.open_sequences(corpus, "train", context=cursor.context, packing=cursor.packing)
-    row = np.empty(cursor.context + 1, dtype=corpus.manifest.dtype)
-    tokens = row[: table.fill(sequence, row)]
+    tokens = np.concatenate(table.views(sequence))
     return tokens, corpus.tokenizer().decode(tokens)

@@ -7,6 +7,7 @@ import http.client
 import json
 import random
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import trustme
 
 KEY, SECRET = "AKIATESTKEY", "a-secret-that-no-file-may-hold"
 FAULTS = ("truncate", "flip", "reset", "error")
@@ -68,8 +70,8 @@ class Faults:
 
 
 @contextlib.contextmanager
-def proxy(port: int, faults: Faults) -> Iterator[str]:
-    """The URL of a proxy to the server at `port`."""
+def proxy(port: int, faults: Faults, *, authority: trustme.CA | None = None) -> Iterator[str]:
+    """The URL of a proxy to the server at `port`: https, if an authority signs its certificate."""
     closing = threading.Event()
 
     class Handler(BaseHTTPRequestHandler):
@@ -124,10 +126,14 @@ def proxy(port: int, faults: Faults) -> Iterator[str]:
             pass  # a client that was cut off, or hung up: what this proxy is for
 
     server = Server(("127.0.0.1", 0), Handler)
+    if authority is not None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        authority.issue_cert("127.0.0.1").configure_cert(context)
+        server.socket = context.wrap_socket(server.socket, server_side=True)
     thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
     thread.start()
     try:
-        yield f"http://127.0.0.1:{server.server_address[1]}"
+        yield f"{'https' if authority else 'http'}://127.0.0.1:{server.server_address[1]}"
     finally:
         closing.set()
         server.shutdown()

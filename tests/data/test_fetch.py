@@ -2,14 +2,18 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import subprocess
+import sys
 from collections.abc import Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 import torch
+import trustme
 
 from megagpt.config import Data
 from megagpt.data import order, pack
@@ -105,6 +109,31 @@ def test_a_corpus_behind_plain_http_is_read_by_ranges_whatever_the_network_does(
         with pytest.raises(UserError, match=r"there is no http://.*/bucket/elsewhere/manifest\.json"):
             open_corpus(f"{endpoint}/bucket/elsewhere", settings(tmp_path))
     assert set(faults.injected) == {"truncate", "flip", "reset", "error"}
+
+
+def test_a_corpus_behind_https_is_read_once_its_authority_is_trusted(
+    local: Corpus, port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allow_anyone(port, "bucket")
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(str(tmp_path / "authority.pem"))
+    with proxy(port, Faults(), authority=authority) as endpoint:
+        with pytest.raises(
+            UserError, match=r"the server of https://.*/manifest\.json is not trusted (?s:.*)SSL_CERT_FILE"
+        ):
+            open_corpus(f"{endpoint}/bucket/corpus", settings(tmp_path))
+        use_server(monkeypatch, endpoint)
+        with pytest.raises(
+            UserError, match=r"the server of s3://.*/manifest\.json is not trusted (?s:.*)AWS_CA_BUNDLE"
+        ):
+            open_corpus("s3://bucket/corpus", settings(tmp_path))
+        for name in ("AWS_CA_BUNDLE", "SSL_CERT_FILE"):
+            monkeypatch.setenv(name, str(tmp_path / "authority.pem"))
+        fsspec.get_filesystem_class("s3").clear_instance_cache()
+        assert same(read(open_corpus("s3://bucket/corpus", settings(tmp_path)), 20), read(local, 20))
+        # The client of https looks for authorities when it is imported: in a process of its own.
+        command = [sys.executable, "-m", "megagpt.cli", "data", "verify", f"{endpoint}/bucket/corpus"]
+        assert subprocess.run(command, check=False).returncode == 0
 
 
 def test_stores_in_trouble_are_told_of_once_and_others_never(local: Corpus, tmp_path: Path) -> None:
