@@ -64,19 +64,22 @@ class Split:
             start, number = last, number + 1
         return size
 
-    def views(self, start: int, stop: int) -> list[np.ndarray]:
-        """The tokens [start, stop), in the corpus's own type, a view a block: joining many at once is fastest."""
-        views = []
-        number = bisect_right(self._starts, start) - 1
-        while start < stop:
-            first, here = self._starts[number], min(stop, self._starts[number + 1])
-            views += (self._open[number] or self._map(number)).views(start - first, here - first)
-            start, number = here, number + 1
-        return views
+    def copy(self, start: int, out: np.ndarray) -> None:
+        """out[:] = the tokens from `start` on. `out` may be of any integer type."""
+        while True:
+            number = bisect_right(self._starts, start) - 1
+            shard = self._open[number] or self._map(number)
+            here = self._starts[number + 1] - start
+            if here >= len(out):
+                return shard.copy(start - self._starts[number], out)
+            shard.copy(start - self._starts[number], out[:here])
+            start, out = start + here, out[here:]
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """A copy of the tokens [start, stop), in the corpus's own type."""
-        return np.concatenate(self.views(start, stop))
+        """The tokens [start, stop), in the corpus's own type."""
+        out = np.empty(stop - start, dtype=self.dtype)
+        self.copy(start, out)
+        return out
 
     def seams(self, start: int, stop: int) -> list[int]:
         """How far from `start` documents begin, those at 0 < distance < stop - start, ascending.

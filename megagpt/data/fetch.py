@@ -246,9 +246,11 @@ class RemoteShard:
         self._crc32 = index["block_crc32"].data
         self._shards, self._entry, self._first = shards, entry, shards.starts[number]
 
-    def views(self, start: int, stop: int) -> list[np.ndarray]:
-        """The shard's tokens [start, stop), a view a block. Raises BadBlock."""
-        return [self._tokens(block, first, last) for block, first, last in self._parts(start, stop)]
+    def copy(self, start: int, out: np.ndarray) -> None:
+        """out[:] = the shard's tokens from `start` on. Raises BadBlock."""
+        for block, first, last in self._parts(start, start + len(out)):
+            at = self.block_start[block] + first - start
+            out[at : at + last - first] = self._tokens(block, first, last)
 
     def fetch(self, start: int, stop: int) -> None:
         """Bring the blocks of the tokens [start, stop) into memory."""

@@ -49,15 +49,10 @@ class Layout:
         """The micro-batch of these rows; None is a row of padding."""
         B, T = len(rows), self.context
         rows_BT1 = np.empty((B, T + 1), dtype=self.dtype)
-        views, filled = [], []
-        for row in rows:
-            mine = [] if row is None else row[0].views(row[1])
-            filled.append(sum(map(len, mine)))
-            views += mine
-            if filled[-1] <= T:
-                views.append(np.full(T + 1 - filled[-1], self.end_of_text, dtype=self.dtype))
-        np.concatenate(views, out=rows_BT1.reshape(-1))
+        filled = [0 if row is None else row[0].fill(row[1], rows_BT1[b]) for b, row in enumerate(rows)]
         short = [(b, size) for b, size in enumerate(filled) if size <= T]
+        for b, size in short:
+            rows_BT1[b, size:] = self.end_of_text
         tokens_BT, targets_BT = rows_BT1[:, :-1].astype(np.int64), rows_BT1[:, 1:].astype(np.int64)
         for b, size in short:
             targets_BT[b, max(size - 1, 0) :] = IGNORE

@@ -39,8 +39,8 @@ class Sequences(Protocol):
 
     count: int
 
-    def views(self, sequence: int) -> list[np.ndarray]:
-        """Its tokens, to be joined: T + 1 of them unless it is a short one. Raises BadBlock."""
+    def fill(self, sequence: int, row: np.ndarray) -> int:
+        """Write the sequence's tokens to the front of `row`; how many they are (T + 1 unless it is a short one)."""
         ...
 
     def seams(self, sequence: int) -> list[int]:
@@ -67,9 +67,11 @@ class Chunks:
         self.split, self.context = split, context
         self.count = -(-(split.tokens - 1) // context)
 
-    def views(self, sequence: int) -> list[np.ndarray]:
+    def fill(self, sequence: int, row: np.ndarray) -> int:
         start = sequence * self.context
-        return self.split.views(start, min(start + self.context + 1, self.split.tokens))
+        left = self.split.tokens - start
+        self.split.copy(start, row if left >= len(row) else row[:left])
+        return min(left, len(row))
 
     def seams(self, sequence: int) -> list[int]:
         start = sequence * self.context
@@ -98,17 +100,21 @@ class BestFit:
         self._piece_start = plan["piece_start"].data
         self._piece_length = plan["piece_length"].data
 
-    def views(self, sequence: int) -> list[np.ndarray]:
-        views = []
-        for start, length in self.pieces(sequence):
-            views += self.split.views(start, start + length)
-        return views
+    def fill(self, sequence: int, row: np.ndarray) -> int:
+        at = 0
+        pieces = slice(self._row_first[sequence], self._row_first[sequence + 1])
+        for start, length in zip(self._piece_start[pieces], self._piece_length[pieces], strict=True):
+            self.split.copy(start, row[at : at + length])
+            at += length
+        return at
 
     def seams(self, sequence: int) -> list[int]:
         return list(accumulate(self._piece_length[self._row_first[sequence] : self._row_first[sequence + 1] - 1]))
 
     def ask(self, sequence: int) -> int:
-        return sum(self.split.ask(start, start + length) for start, length in self.pieces(sequence))
+        pieces = slice(self._row_first[sequence], self._row_first[sequence + 1])
+        spans = zip(self._piece_start[pieces], self._piece_length[pieces], strict=True)
+        return sum(self.split.ask(start, start + length) for start, length in spans)
 
     def pieces(self, sequence: int) -> list[tuple[int, int]]:
         pieces = slice(self._row_first[sequence], self._row_first[sequence + 1])

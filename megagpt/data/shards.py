@@ -205,16 +205,17 @@ class Shard:
         self._first = (index["block_offset"] // dtype.itemsize).data
         self._content = mapped(folder / f"{entry.name}.tar", dtype)  # payloads are 64-byte aligned
 
-    def views(self, start: int, stop: int) -> list[np.ndarray]:
-        """The shard's tokens [start, stop), a view a block."""
-        views = []
-        block = bisect_right(self._block_start, start) - 1
-        while start < stop:
-            here = min(stop, self._block_start[block + 1])
-            shift = self._first[block] - self._block_start[block]
-            views.append(self._content[start + shift : here + shift])
-            start, block = here, block + 1
-        return views
+    def copy(self, start: int, out: np.ndarray) -> None:
+        """out[:] = the shard's tokens from `start` on."""
+        while True:
+            block = bisect_right(self._block_start, start) - 1
+            here = self._block_start[block + 1] - start
+            first = self._first[block] + start - self._block_start[block]
+            if here >= len(out):
+                out[:] = self._content[first : first + len(out)]
+                return
+            out[:here] = self._content[first : first + here]
+            start, out = start + here, out[here:]
 
     def bad_blocks(self) -> Iterator[int]:
         """Blocks whose tokens do not have the crc32 that the index gives."""

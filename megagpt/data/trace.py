@@ -115,5 +115,6 @@ def _origins_in_task(
 def decoded(corpus: Corpus, cursor: Cursor, sequence: int) -> tuple[np.ndarray, str]:
     """The tokens of a sequence, and their text."""
     table = pack.open_sequences(corpus, "train", context=cursor.context, packing=cursor.packing)
-    tokens = np.concatenate(table.views(sequence))
+    row = np.empty(cursor.context + 1, dtype=corpus.manifest.dtype)
+    tokens = row[: table.fill(sequence, row)]
     return tokens, corpus.tokenizer().decode(tokens)

@@ -26,7 +26,11 @@ def corpus(make_corpus: MakeCorpus) -> Corpus:
 
 def rows(sequences: Sequences) -> list[list[int]]:
     """The tokens of every sequence: up to T inputs and one more."""
-    return [np.concatenate(sequences.views(sequence)).tolist() for sequence in range(sequences.count)]
+    found = []
+    for sequence in range(sequences.count):
+        row = np.full(T + 1, 999)
+        found.append(row[: sequences.fill(sequence, row)].tolist())
+    return found
 
 
 def open_train(corpus: Corpus, packing: Packing) -> Sequences:
