@@ -7,7 +7,7 @@ two processes are compared with one by the wall clock, each build a command of i
 two cores or more (the load is in the result). What a build with gigatoken spends is told apart: reading the documents
 alone, and writing their tokens alone.
 
-    python benchmarks/data_build.py [--megabytes 30] [--out benchmarks/results/data_build.json]
+    python benchmarks/data_build.py [--megabytes 60] [--out benchmarks/results/data_build.json]
 """
 
 from __future__ import annotations
@@ -134,8 +134,8 @@ def measure(folder: Path, texts: list[str], rounds: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--megabytes", type=int, default=30, help="megabytes of text")
-    parser.add_argument("--rounds", type=int, default=2, help="rounds, of which the best counts")
+    parser.add_argument("--megabytes", type=int, default=60, help="megabytes of text")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds, of which the best counts")
     parser.add_argument("--out", type=Path, help="write the results here, as JSON")
     options = parser.parse_args()
     texts = input_texts(options.megabytes * 1_000_000)
