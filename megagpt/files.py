@@ -21,6 +21,21 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def start_writeback(descriptor: int, start: int, size: int) -> None:
+    """Have the disk begin with these bytes of a file, just written, so that its sync has less left to do.
+
+    Linux begins to write what is declared to be of no further use; as long as it does, the pages stay in the cache.
+    """
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, start, size, os.POSIX_FADV_DONTNEED)
+
+
+def read_further_ahead(descriptor: int) -> None:
+    """Have the system read twice as far ahead as it would, in a file that is read from front to back (Linux)."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+
+
 @contextlib.contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`: what the block writes there becomes `path` at its end, or nothing does."""

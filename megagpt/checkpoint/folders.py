@@ -18,7 +18,7 @@ from typing import Any
 
 from megagpt.config import Checkpoint
 from megagpt.errors import UserError
-from megagpt.files import require_space, sync_folder, whole
+from megagpt.files import read_further_ahead, require_space, start_writeback, sync_folder, whole
 
 CHUNK = 1 << 24
 AHEAD = 2
@@ -131,10 +131,13 @@ class _LocalFolder(Folder):
         with whole(self._path / name) as temporary:
             descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
             try:
+                at = 0
                 for chunk in chunks:
                     rest = memoryview(chunk)
                     while rest:
                         rest = rest[os.write(descriptor, rest) :]
+                    start_writeback(descriptor, at, len(chunk))
+                    at += len(chunk)
             finally:
                 os.close(descriptor)
 
@@ -168,6 +171,7 @@ class _LocalFolder(Folder):
     def read_into(self, name: str, start: int, buffer: memoryview) -> None:
         descriptor = os.open(self._path / name, os.O_RDONLY)
         try:
+            read_further_ahead(descriptor)
             done = 0
             while done < len(buffer):
                 count = os.preadv(descriptor, [buffer[done:]], start + done)

@@ -51,6 +51,15 @@ def test_the_parts_of_any_cut_add_up_to_what_the_definition_says(shape):
     assert sum(parts) % 2**64 == whole
 
 
+@pytest.mark.parametrize("shape", [(1, 70000), (70000, 1), (300, 200), (3, 40000)])
+def test_a_gpu_adds_up_the_same(shape):
+    generator = torch.Generator().manual_seed(1)
+    bits = torch.randint(-(2**31), 2**31, shape, generator=generator).to(torch.int32)
+    rows, columns = (torch.randint(-(2**62), 2**62, (size,), generator=generator) for size in shape)
+    expected = proof._sum_on_device(bits, rows, columns)
+    assert proof._sum_in_one_pass(bits.numpy(), rows.numpy(), columns.numpy()) == expected
+
+
 def test_any_two_numbers_that_change_places_and_any_bit_that_flips_change_it():
     value = torch.randn(6, 5, generator=torch.Generator().manual_seed(3))
     whole = Box((0, 0), (6, 5))
