@@ -2,10 +2,10 @@
 
 One rank on the CPU, ZeRO 1, fp32. All write the same engine's state, in alternating rounds, and every writer ends with
 an fsync of what it wrote, since a checkpoint in the page cache does not survive a power cut. The disk's own rate is
-that of one block, written again and again, each handed to the disk at once. Before each read the
-files are dropped from the page cache. Rates are of each writer's own bytes; the best of the rounds counts. What a save
-in the background costs is seen in training: how long the training thread waits for it, and how much longer the step
-during it takes than one without.
+that of one block, written again and again, each handed to the disk at once. Before each read the files are dropped
+from the page cache. Rates are of each writer's own bytes; the best of the rounds counts. What a save in the background
+costs is seen in training: how long the training thread waits for it, and how much longer the step during it takes than
+one without.
 
     python benchmarks/checkpoint.py [--width 512] [--layers 8] [--rounds 3] [--out checkpoint.json]
 """
